@@ -1,0 +1,150 @@
+"""Tokens per second of the torch engine against transformers' `generate`, on ragged responses.
+
+Both sample the same model from the same prompts with the same limits, `capacity` rows at a time; a token counts if it is part
+of a response (up to and including the end-of-text token). Without --model a random Qwen2 model of about a million parameters
+is used whose responses end with probability --end-rate per token. Prints one JSON row.
+
+    python benchmarks/perf/decoding.py --problems 64 --group-size 16 --threads 1
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import time
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+
+from rlzoo.backends.drawing import end_ids
+from rlzoo.backends.torch import TorchBackend
+from rlzoo.sampling.base import Sampler
+from rlzoo.sampling.chains import Chains
+from rlzoo.sampling.grow import Prompt, grow
+from rlzoo.sampling.nary import Nary
+
+VOCABULARY = 200
+
+
+class Numbers:
+    """A tokenizer of bare numbers, for the random model."""
+
+    eos_token_id, pad_token_id = 1, 0
+
+    def get_vocab(self) -> dict[str, int]:
+        return {str(i): i for i in range(VOCABULARY)}
+
+    def decode(self, ids: list[int]) -> str:
+        return " ".join(map(str, ids))
+
+    def encode(self, text: str) -> list[int]:
+        return [2 + byte % (VOCABULARY - 2) for byte in text.encode()]
+
+
+def random_model(end_rate: float) -> Any:
+    torch.manual_seed(0)
+    config = transformers.Qwen2Config(
+        vocab_size=VOCABULARY,
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=1024,
+        tie_word_embeddings=True,
+    )
+    model = transformers.Qwen2ForCausalLM(config).eval()
+    ends = max(1, round(end_rate * VOCABULARY))  # the random model is close to uniform
+    model.generation_config.eos_token_id = list(range(1, 1 + ends))
+    model.generation_config.pad_token_id = 0
+    return model
+
+
+class Clock:
+    """Wall time and CPU time of this process; on a shared machine the second is the steadier."""
+
+    def __init__(self) -> None:
+        self._wall, self._cpu = time.perf_counter(), time.process_time()
+
+    def rates(self, tokens: int) -> dict[str, float]:
+        wall, cpu = time.perf_counter() - self._wall, time.process_time() - self._cpu
+        return {
+            "tokens": tokens,
+            "seconds": round(wall, 3),
+            "cpu_seconds": round(cpu, 3),
+            "tokens_per_s": round(tokens / wall, 1),
+            "tokens_per_cpu_s": round(tokens / cpu, 1),
+        }
+
+
+def measure_engine(model: Any, tokenizer: Any, prompts: list[Prompt], sampler: Any, options: argparse.Namespace) -> dict[str, float]:
+    backend = TorchBackend(model, tokenizer, capacity=options.capacity, device=options.device)
+    grow(Chains(group_size=2, max_response_tokens=4), backend, prompts[:2], seed=1)  # warm-up
+    clock = Clock()
+    trees = grow(sampler, backend, prompts, seed=0)
+    return clock.rates(sum(t.sampled_tokens for t in trees))
+
+
+def measure_generate(model: Any, prompts: list[Prompt], options: argparse.Namespace, ends: frozenset[int]) -> dict[str, float]:
+    rows = [torch.tensor(list(p.ids)) for p in prompts for _ in range(options.group_size)]
+    tokens, clock = 0, Clock()
+    for i in range(0, len(rows), options.capacity):
+        chunk = rows[i : i + options.capacity]
+        ids = torch.nn.utils.rnn.pad_sequence(chunk, batch_first=True, padding_side="left").to(options.device)
+        lengths = torch.tensor([len(row) for row in chunk], device=ids.device)
+        mask = (torch.arange(ids.shape[1], device=ids.device) >= ids.shape[1] - lengths[:, None]).long()
+        with torch.inference_mode():
+            out = model.generate(ids, attention_mask=mask, do_sample=True, top_k=0, max_new_tokens=options.max_tokens)
+        for response in out[:, ids.shape[1] :].tolist():
+            stop = next((at + 1 for at, token in enumerate(response) if token in ends), len(response))
+            tokens += stop
+    return clock.rates(tokens)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="a local folder with a causal LM and its tokenizer")
+    parser.add_argument("--problems", type=int, default=64)
+    parser.add_argument("--group-size", type=int, default=16)
+    parser.add_argument("--max-tokens", type=int, default=128)
+    parser.add_argument("--capacity", type=int, default=256)
+    parser.add_argument("--end-rate", type=float, default=0.02)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--tree", action="store_true", help="also measure a 4-ary tree with the same response limit")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    if options.model:
+        model: Any = transformers.AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32).eval().to(options.device)
+        tokenizer: Any = transformers.AutoTokenizer.from_pretrained(options.model)
+    else:
+        model, tokenizer = random_model(options.end_rate).to(options.device), Numbers()
+    rng = np.random.default_rng(0)
+    texts = ["".join(rng.choice(list("0123456789+*()"), size=int(rng.integers(20, 60)))) for _ in range(options.problems)]
+    prompts = [Prompt(str(i), tokenizer.encode(text)) for i, text in enumerate(texts)]
+    row: dict[str, Any] = {
+        "benchmark": "decoding",
+        **{k: v for k, v in vars(options).items() if k != "tree"},
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "machine": platform.processor() or platform.machine(),
+    }
+    chains = Chains(group_size=options.group_size, max_response_tokens=options.max_tokens)
+    runs: dict[str, Sampler] = {"engine": chains}
+    if options.tree:
+        part = options.max_tokens // 5
+        runs["engine_tree"] = Nary(branching=4, segment_tokens=(part, part, options.max_tokens - 2 * part))
+    measured = {name: measure_engine(model, tokenizer, prompts, sampler, options) for name, sampler in runs.items()}
+    measured["generate"] = measure_generate(model, prompts, options, end_ids(tokenizer, model))
+    row |= {f"{name}_{key}": value for name, rates in measured.items() for key, value in rates.items()}
+    for key in ("tokens_per_s", "tokens_per_cpu_s"):
+        row[f"ratio_{key}"] = round(measured["engine"][key] / measured["generate"][key], 2)
+    print(json.dumps(row))
+
+
+if __name__ == "__main__":
+    main()

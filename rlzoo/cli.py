@@ -1,0 +1,182 @@
+"""The command line. Imports no torch until a verb needs it."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import make_dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from . import registry
+from .config import PLUGGABLE, RunConfig, build, presets, read_preset, read_toml
+
+USAGE = 2  # exit status of bad input, as argparse's
+FAILED = 1
+INTERRUPTED = 130
+TINY_STEPS = 2000  # what the committed embedded model was built with
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb; returns the exit status. RLZOO_TRACEBACK=1 shows where an error came from."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_overview())
+        return 0 if arguments else USAGE
+    if arguments[0] in ("-V", "--version"):
+        from importlib.metadata import version
+
+        print(f"rlzoo {version('rlzoo')}")
+        return 0
+    verb, rest = arguments[0], arguments[1:]
+    if verb not in VERBS:
+        return _complain(f"unknown verb {verb!r}; known: {', '.join(VERBS)}", USAGE)
+    try:
+        return VERBS[verb](rest) or 0
+    except KeyboardInterrupt:
+        return _complain("interrupted", INTERRUPTED)
+    except (ValueError, OSError) as error:
+        return _complain(str(error), USAGE)
+    except RuntimeError as error:
+        return _complain(str(error), FAILED)
+
+
+def _complain(message: str, status: int) -> int:
+    if os.environ.get("RLZOO_TRACEBACK"):
+        import traceback
+
+        traceback.print_exc()
+    print(f"rlzoo: {message}", file=sys.stderr)
+    return status
+
+
+def _overview() -> str:
+    lines = ["usage: rlzoo VERB [OPTIONS]    (rlzoo VERB --help for its options)", ""]
+    lines += [f"  {name:<8} {(function.__doc__ or '').strip().splitlines()[0]}" for name, function in VERBS.items()]
+    return "\n".join(lines)
+
+
+def parse_run(argv: Sequence[str]) -> tuple[RunConfig, Path | None, bool]:
+    """Config, --out folder and --resume of a `run` command line, in two passes: first the choices, then every option as a flag.
+
+    Raises:
+        ValueError: bad file, name or value.
+        SystemExit: tyro's own report on unknown flags, or --help.
+    """
+    first = argparse.ArgumentParser(prog="rlzoo run", add_help=False, allow_abbrev=False)
+    for name in ("config", "preset", "algo", *PLUGGABLE, "out"):
+        first.add_argument(f"--{name}")
+    first.add_argument("--resume", action="store_true")
+    chosen, flags = first.parse_known_args(argv)
+    layers: list[tuple[str, dict[str, Any]]] = []
+    if chosen.preset:
+        layers.append((f"preset {chosen.preset}", read_preset(chosen.preset)))
+    if chosen.config:
+        layers.append((chosen.config, read_toml(chosen.config)))
+    choice = {name: value for name in ("algo", *PLUGGABLE) if (value := getattr(chosen, name))}
+    if not choice.get("algo") and not layers and ("-h" in flags or "--help" in flags):
+        choice["algo"] = registry.names("algorithm")[0]
+    base = build(layers, choice)
+    config = base.with_sections(_parse_flags(base, flags))
+    return config, Path(chosen.out) if chosen.out else None, chosen.resume
+
+
+def _parse_flags(base: RunConfig, flags: Sequence[str]) -> dict[str, Any]:
+    sections = base.sections()
+    fields = [(name, type(value) if not isinstance(value, tuple) else tuple[str, ...], value) for name, value in sections.items()]
+    schema = make_dataclass("RunFlags", [(n, t, v) for n, t, v in fields if not _is_default_only(v)], frozen=True)
+    choices = (
+        f"Before these: --algo {'|'.join(registry.names('algorithm'))}  --config FILE.toml  --preset {'|'.join(presets()) or 'NAME'}  "
+        f"--sampler {'|'.join(registry.names('sampler'))}  --credit {'|'.join(registry.names('credit'))}  "
+        f"--loss {'|'.join(registry.names('loss'))}  --out FOLDER  --resume"
+    )
+    parsed = tyro.cli(schema, prog="rlzoo run", args=list(flags), default=schema(), description=choices)
+    return {name: getattr(parsed, name) for name, _, _ in fields}
+
+
+def _is_default_only(value: Any) -> bool:
+    return value is None
+
+
+def _run(argv: Sequence[str]) -> int:
+    """Train a model: rlzoo run --algo NAME. Ends with a table and the run folder's path."""
+    config, out, resume = parse_run(argv)
+    from .training.loop import run
+
+    run(config, out=out, resume=resume)
+    return 0
+
+
+def _show(argv: Sequence[str]) -> int:
+    """Print a stored tree of a run with values, advantages and stop reasons."""
+
+    def show(
+        run: Annotated[Path, tyro.conf.Positional],
+        /,
+        tree: int | None = None,
+        step: int | None = None,
+    ) -> None:
+        """Print tree number --tree of a step (the last stored one unless given); without --tree, the list of its trees."""
+        from .report.show import show_tree
+
+        show_tree(run, tree=tree, step=step)
+
+    tyro.cli(show, prog="rlzoo show", args=list(argv))
+    return 0
+
+
+def _algos(argv: Sequence[str]) -> int:
+    """List the algorithms, or print one's card and defaults: rlzoo algos [NAME]."""
+
+    def algos(name: Annotated[str, tyro.conf.Positional] = "", /) -> None:
+        """List the algorithms, or print the card and the defaults of one."""
+        from .report.cards import print_algorithms, print_card
+
+        print_card(name) if name else print_algorithms()
+
+    tyro.cli(algos, prog="rlzoo algos", args=list(argv))
+    return 0
+
+
+def _doctor(argv: Sequence[str]) -> int:
+    """Check this machine and installation, with what to do about each finding."""
+
+    def doctor() -> int:
+        """Check this machine and installation."""
+        from .report.doctor import examine
+
+        return examine()
+
+    return tyro.cli(doctor, prog="rlzoo doctor", args=list(argv))
+
+
+def _tiny(argv: Sequence[str]) -> int:
+    """Rebuild the embedded model: rlzoo tiny build --out FOLDER."""
+    if not argv or argv[0] != "build":
+        raise ValueError("rlzoo tiny knows one thing: rlzoo tiny build --out FOLDER [--seed N] [--steps N] [--threads N]")
+
+    def tiny_build(out: Path, seed: int = 0, steps: int = TINY_STEPS, threads: int = 2) -> None:
+        """Train the embedded model and its tokenizer on demonstrations of the embedded task, into the new folder --out."""
+        from .data.tiny import build as build_tiny
+
+        build_tiny(out, seed=seed, steps=steps, threads=threads)
+
+    tyro.cli(tiny_build, prog="rlzoo tiny build", args=list(argv[1:]))
+    return 0
+
+
+VERBS: dict[str, Callable[[Sequence[str]], int]] = {
+    "run": _run,
+    "show": _show,
+    "algos": _algos,
+    "doctor": _doctor,
+    "tiny": _tiny,
+}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,242 @@
+"""The schema of a run and how it is put together: defaults < preset < TOML < flags. Imports no torch."""
+
+from __future__ import annotations
+
+import dataclasses
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Literal, get_type_hints
+
+import cattrs
+
+from . import registry
+from .algorithm import PARTS, Algorithm
+
+PLUGGABLE = ("sampler", "credit", "loss")  # parts that can be exchanged for another by name
+
+
+@dataclass(frozen=True)
+class BackendOptions:
+    """The engine that samples."""
+
+    kind: str = "auto"
+    """auto picks what is installed and fits; torch is always there."""
+    capacity: int = 256
+    """Paths decoded at once."""
+    dtype: Literal["float32", "float64", "bfloat16"] = "float32"
+    """Precision of model and engine."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, ..."""
+    threads: int = 0
+    """CPU threads; 0 uses all cores."""
+    max_context: int = 0
+    """Longest prompt + response in tokens; 0 takes the model's own limit."""
+
+
+@dataclass(frozen=True)
+class UpdateOptions:
+    """How an update is computed; none of it changes what is computed."""
+
+    token_budget: int = 8192
+    """Tokens forwarded at once; halved with a message when memory runs out."""
+    layout: Literal["packed", "unrolled"] = "packed"
+    """packed computes shared prefixes once per row; unrolled gives every response its own row."""
+    autocast: bool = False
+    """bfloat16 autocast in the update."""
+
+
+@dataclass(frozen=True)
+class EvaluationOptions:
+    """What is measured, and when."""
+
+    suite: str = "mini"
+    """Suite for the final table; "none" skips it."""
+    k: int = 16
+    """Sampled responses per problem at temperature 1."""
+    dev: str = "arithmetic:dev"
+    """Problem set watched during training (and the only one to choose defaults on)."""
+    dev_problems: int = 96
+    """Problems of it that are used."""
+    dev_k: int = 4
+    """Responses per dev problem."""
+    every: int = 10
+    """Steps between dev evaluations; 0 never."""
+    max_response_tokens: int = 256
+    """Longest response when measuring, the same for every algorithm."""
+
+
+@dataclass(frozen=True)
+class CheckpointOptions:
+    every: int = 20
+    """Steps between checkpoints; 0 only the best and the last."""
+    last: int = 2
+    """How many of the newest to keep beside the best."""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything that decides what a run does."""
+
+    algo: str
+    algorithm: Algorithm
+    model: str = "tiny"
+    """The embedded model, a local folder, or a hub id."""
+    problems: str = "arithmetic:train"
+    """The embedded task, a JSONL or Parquet file, or a hub data set."""
+    template: str = "plain"
+    """Prompt template: plain, qwen-boxed, chat, or package.module:function."""
+    reward: str = "math"
+    """math, or package.module:function taking [(problem, response text)] and returning verdicts or numbers."""
+    seed: int = 0
+    trackers: tuple[str, ...] = ("tensorboard",)
+    """tensorboard, wandb, trackio, mlflow; none for none."""
+    backend: BackendOptions = field(default_factory=BackendOptions)
+    update: UpdateOptions = field(default_factory=UpdateOptions)
+    evaluation: EvaluationOptions = field(default_factory=EvaluationOptions)
+    checkpoints: CheckpointOptions = field(default_factory=CheckpointOptions)
+
+    def sections(self) -> dict[str, Any]:
+        """Every option by section, the algorithm's parts beside the others: what flags and TOML see."""
+        own = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in ("algo", "algorithm")}
+        return own | {part: getattr(self.algorithm, part) for part in PARTS}
+
+    def with_sections(self, sections: Mapping[str, Any]) -> RunConfig:
+        """A copy with sections replaced.
+
+        Raises:
+            ValueError: parts that do not fit together.
+        """
+        parts = {name: value for name, value in sections.items() if name in PARTS}
+        own = {name: value for name, value in sections.items() if name not in PARTS}
+        return replace(self, algorithm=replace(self.algorithm, **parts), **own)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for config.toml; `build` reads it back."""
+        plain: dict[str, Any] = {"algo": self.algo}
+        for name, value in self.sections().items():
+            plain[name] = ({"name": value.name} | _plain(value)) if name in PLUGGABLE else _plain(value)
+        return plain
+
+
+def build(layers: Sequence[tuple[str, Mapping[str, Any]]], choice: Mapping[str, str] | None = None) -> RunConfig:
+    """A config out of layers (origin, tables), later ones winning; `choice` (algo, sampler, credit, loss) wins over all.
+
+    Raises:
+        ValueError: unknown section or key, a value of the wrong type or out of range, or parts that do not fit.
+    """
+    named = _chosen(layers) | dict(choice or {})
+    if "algo" not in named:
+        raise ValueError(f"no algorithm chosen; --algo NAME with one of: {', '.join(registry.names('algorithm'))}")
+    algorithm: Algorithm = registry.find("algorithm", named["algo"])
+    exchanged = {}
+    for part in PLUGGABLE:
+        if part in named and named[part] != getattr(algorithm, part).name:
+            exchanged[part] = registry.find(part, named[part])()
+    sections = RunConfig(named["algo"], algorithm).sections() | exchanged
+    for origin, tables in layers:
+        for key, value in tables.items():
+            if key != "algo":
+                sections[key] = _merge(sections, key, value, origin, owner=RunConfig)
+    return RunConfig(named["algo"], algorithm).with_sections(sections)
+
+
+def read_toml(path: str | Path) -> dict[str, Any]:
+    """A TOML file as tables.
+
+    Raises:
+        ValueError: missing or broken file.
+    """
+    try:
+        return tomllib.loads(Path(path).read_text())
+    except OSError as error:
+        raise ValueError(f"cannot read config {path}: {error.strerror}") from error
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"{path} is not TOML: {error}") from error
+
+
+def presets() -> list[str]:
+    """Names usable with --preset."""
+    folder = files("rlzoo.benchmarks").joinpath("recipes")
+    return sorted(f.name.removesuffix(".toml") for f in folder.iterdir() if f.name.endswith(".toml"))
+
+
+def read_preset(name: str) -> dict[str, Any]:
+    """A shipped recipe.
+
+    Raises:
+        ValueError: no such recipe.
+    """
+    if name not in presets():
+        raise ValueError(f"unknown preset {name!r}; known: {', '.join(presets()) or 'none'}")
+    return tomllib.loads(files("rlzoo.benchmarks").joinpath("recipes", f"{name}.toml").read_text())
+
+
+def _chosen(layers: Sequence[tuple[str, Mapping[str, Any]]]) -> dict[str, str]:
+    chosen: dict[str, str] = {}
+    for _, tables in layers:
+        if "algo" in tables:
+            chosen["algo"] = tables["algo"]
+        for part in PLUGGABLE:
+            if isinstance(tables.get(part), Mapping) and "name" in tables[part]:
+                chosen[part] = tables[part]["name"]
+    return chosen
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value) if f.init}
+    return value
+
+
+def _merge(values: Mapping[str, Any], key: str, value: Any, origin: str, owner: type) -> Any:
+    """`values[key]` with `value` (plain data) laid over it."""
+    if key not in values:
+        raise ValueError(f"{origin}: unknown key {key!r}; allowed: {', '.join(values)}")
+    old = values[key]
+    if not dataclasses.is_dataclass(old):
+        return _convert(value, get_type_hints(owner)[key], f"{origin}: {key}")
+    if isinstance(value, Mapping) and key in PLUGGABLE:
+        value = {k: v for k, v in value.items() if k != "name"}
+    return _overlay(old, value, origin, key)
+
+
+def _overlay(old: Any, value: Any, origin: str, path: str) -> Any:
+    """The dataclass instance `old` with the options of the table `value`, which stands at `path`."""
+    if not isinstance(value, Mapping):
+        raise ValueError(f"{origin}: {path} = {value!r} must be a table of options")
+    hints = get_type_hints(type(old))
+    known = [f.name for f in dataclasses.fields(old) if f.init]
+    changes = {}
+    for option, new in value.items():
+        where = f"{path}.{option}"
+        if option not in known:
+            raise ValueError(f"{origin}: unknown key {where}; allowed: {', '.join(known)}")
+        nested = dataclasses.is_dataclass(getattr(old, option))
+        changes[option] = (
+            _overlay(getattr(old, option), new, origin, where) if nested else _convert(new, hints[option], f"{origin}: {where}")
+        )
+    try:
+        return replace(old, **changes)
+    except ValueError as error:
+        raise ValueError(f"{origin}: {error}") from error
+
+
+def _convert(value: Any, kind: Any, where: str) -> Any:
+    """`value` as `kind`, strictly: no text for numbers, no fractions for integers."""
+    numeric = isinstance(value, int | float) and not isinstance(value, bool)
+    loose = (kind is int and not (numeric and float(value).is_integer())) or (kind is float and not numeric)
+    loose = loose or (kind is bool and not isinstance(value, bool)) or (kind is str and not isinstance(value, str))
+    try:
+        if not loose:
+            return cattrs.structure(value, kind)
+    except Exception as error:  # cattrs raises groups of many kinds; all of them mean the same here
+        raise ValueError(f"{where} = {value!r} is not {_describe(kind)}") from error
+    raise ValueError(f"{where} = {value!r} is not {_describe(kind)}")
+
+
+def _describe(kind: Any) -> str:
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+    return names.get(kind) or "allowed; expected " + str(kind).replace("typing.", "").replace("NoneType", "none")

@@ -1,0 +1,88 @@
+"""Sibling-relative credit: every node against the other children of its parent, on its own tokens only."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import numpy as np
+
+from ..tree import Float64, Tree
+from .base import Credit, node_rows
+from .values import mean_of_children
+
+EPS = 1e-6
+TIE = 1e-12  # values are means of means: equal ones may differ by rounding
+NORMS = ("bernoulli_std", "bernoulli_var", "group_std", "none")
+METRICS = ("std", "range", "var")
+
+
+@dataclass(frozen=True)
+class Siblings:
+    """A_c = (V_c - mu) / scale over the children c of one parent, mu their mean (arXiv 2506.05183, section 3).
+
+    V is backed up by `mean_of_children`. The denominator is a reconstruction, see `adv_norm`. Groups without any
+    difference give no row; neither do groups whose `prune_metric` is below `prune_tau`. Pruning a group removes the rows
+    of its own children only; deeper groups are judged separately and values always use the whole tree. Ungraded children
+    are left out. Each node is one row.
+
+    Raises (on call):
+        ValueError: a reward outside [0, 1] with a Bernoulli scale.
+    """
+
+    name: ClassVar[str] = "siblings"
+
+    adv_norm: Literal["bernoulli_std", "bernoulli_var", "group_std", "none"] = "bernoulli_std"
+    """Denominator: sqrt(mu(1-mu)), mu(1-mu), the group's unbiased std, or 1. All but the last plus 1e-6."""
+    prune_metric: Literal["std", "range", "var"] = "std"
+    """What `prune_tau` is compared with: population std, max - min, or population variance of the group's values."""
+    prune_tau: float = 0.1
+    """Groups below it are dropped; 0 drops exact ties only."""
+
+    def __post_init__(self) -> None:
+        if self.adv_norm not in NORMS:
+            raise ValueError(f"credit.adv_norm = {self.adv_norm!r}; allowed: {', '.join(NORMS)}")
+        if self.prune_metric not in METRICS:
+            raise ValueError(f"credit.prune_metric = {self.prune_metric!r}; allowed: {', '.join(METRICS)}")
+        if not 0 <= self.prune_tau <= 1:
+            raise ValueError(f"credit.prune_tau = {self.prune_tau}; allowed: 0 to 1")
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset({"rewards in [0,1]"}) if self.adv_norm.startswith("bernoulli") else frozenset()
+
+    def __call__(self, trees: Sequence[Tree]) -> list[Credit]:
+        return [self._tree(tree) for tree in trees]
+
+    def _tree(self, tree: Tree) -> Credit:
+        if self.needs and ((tree.reward < 0) | (tree.reward > 1)).any():
+            raise ValueError(
+                f"credit.adv_norm = {self.adv_norm!r} needs rewards in [0,1], found {np.nanmin(tree.reward)} to {np.nanmax(tree.reward)}"
+            )
+        value = mean_of_children(tree)
+        nodes: list[int] = []
+        advantages: list[float] = []
+        for parent in range(tree.nodes):
+            group = [c for c in tree.children(parent) if not np.isnan(value[c])]
+            if group and not self._pruned(value[group]):
+                nodes += group
+                advantages += self._advantages(value[group]).tolist()
+        return node_rows(tree, nodes, advantages) if nodes else Credit.empty(tree)
+
+    def _pruned(self, values: Float64) -> bool:
+        spread = float(values.max() - values.min())
+        metric = {"std": values.std(), "range": spread, "var": values.var()}[self.prune_metric]
+        return spread <= TIE or bool(metric < self.prune_tau - TIE)
+
+    def _advantages(self, values: Float64) -> Float64:
+        mu = values.mean()
+        bernoulli = mu * (1 - mu)
+        scale = {
+            "bernoulli_std": np.sqrt(max(bernoulli, 0.0)) + EPS,
+            "bernoulli_var": bernoulli + EPS,
+            "group_std": values.std(ddof=1) + EPS,
+            "none": 1.0,
+        }[self.adv_norm]
+        advantages: Float64 = (values - mu) / scale
+        return advantages

@@ -1,0 +1,23 @@
+"""Rewards backed up a tree."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ..tree import ROOT, Float64, Tree
+
+
+def mean_of_children(tree: Tree) -> Float64:
+    """Value of every node, float64 [nodes]: a leaf's reward; else the plain mean over its children's values.
+
+    An early leaf thus weighs as much as a sibling with many leaves below it (arXiv 2506.05183, section 3.1). Children without
+    value (ungraded, NaN) are left out; a node with none left is NaN. Probes are left out.
+    """
+    value = np.full(tree.nodes, np.nan)
+    value[tree.leaves] = tree.reward
+    for node in range(tree.nodes - 1, ROOT - 1, -1):
+        children = tree.children(node)
+        if children:
+            graded = value[children][~np.isnan(value[children])]
+            value[node] = graded.mean() if len(graded) else np.nan
+    return value

@@ -1,0 +1,1 @@
+"""How the policy moves. Importing this package imports no torch."""

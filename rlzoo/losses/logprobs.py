@@ -1,0 +1,136 @@
+"""Log-probs of given tokens from hidden states, without ever holding all logits at once.
+
+The logits of n tokens over a vocabulary of V cost n·V floats forward and again backward; here they are made in chunks and
+made again in the backward pass. This sits below the loss: every loss sees plain per-token log-probs.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+CHUNK_ELEMENTS = 1 << 24  # logits held at once; below this, recomputing costs more than it saves
+
+
+def token_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    vocab_size: int | None = None,
+    chunk_elements: int = CHUNK_ELEMENTS,
+    entropy: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """Log-probs [n] of `targets` int64 [n] under softmax(hidden @ weight.T + bias) at `temperature`, over the first
+    `vocab_size` ids only (ids from there on have probability 0, as in sampling); and, on request, the entropies [n]
+    without gradient.
+
+    `hidden` [n, H], `weight` [V, H], `bias` [V]. At most `chunk_elements` logits are held at once.
+
+    Raises:
+        ValueError: temperature or vocab_size out of range.
+    """
+    if not temperature > 0:
+        raise ValueError(f"temperature is {temperature}; training needs one greater than 0")
+    vocab = weight.shape[0] if vocab_size is None else vocab_size
+    if not 1 <= vocab <= weight.shape[0]:
+        raise ValueError(f"vocab_size is {vocab_size}; the model's head has {weight.shape[0]} ids")
+    # Slicing is the mask: an id outside the tokenizer has no logit at all.
+    weight, bias = weight[:vocab], None if bias is None else bias[:vocab]
+    if hidden.shape[0] * vocab <= chunk_elements:
+        logprobs = (_linear(hidden, weight, bias) / temperature).log_softmax(-1)
+        picked = logprobs.gather(1, targets[:, None]).squeeze(1)
+        return picked, _entropy(logprobs) if entropy else None
+    rows = max(1, chunk_elements // vocab)
+    return _Chunked.apply(hidden, weight, bias, targets, temperature, rows, entropy)  # type: ignore[no-untyped-call,no-any-return]
+
+
+def logits_logprobs(
+    logits: Tensor, targets: Tensor, *, temperature: float, vocab_size: int | None, entropy: bool
+) -> tuple[Tensor, Tensor | None]:
+    """The same from given logits [n, V], for models that change their logits after the head."""
+    logprobs = (_up(logits)[:, :vocab_size] / temperature).log_softmax(-1)
+    return logprobs.gather(1, targets[:, None]).squeeze(1), _entropy(logprobs) if entropy else None
+
+
+def _linear(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return _up(F.linear(hidden, weight, bias))
+
+
+def _up(logits: Tensor) -> Tensor:
+    """Log-probs of half-precision logits are taken in float32."""
+    return logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
+
+
+def _entropy(logprobs: Tensor) -> Tensor:
+    with torch.no_grad():
+        return -(logprobs.exp() * logprobs).sum(-1)
+
+
+class _Chunked(torch.autograd.Function):
+    """Logits in chunks of `rows` tokens, recomputed in the backward pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, temperature: float, rows: int, entropy: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        device = hidden.device.type
+        # backward runs outside autocast: remember the precision, so that both passes see the same logits
+        ctx.dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+        ctx.temperature, ctx.rows = temperature, rows
+        picked, normalisers, entropies = [], [], []
+        for i in range(0, len(targets), rows):
+            logits = _chunk_logits(ctx, hidden[i : i + rows], weight, bias)
+            normaliser = logits.logsumexp(-1)
+            picked.append(logits.gather(1, targets[i : i + rows, None]).squeeze(1) - normaliser)
+            normalisers.append(normaliser)
+            if entropy:
+                entropies.append(normaliser - ((logits - normaliser[:, None]).exp() * logits).sum(-1))
+        ctx.save_for_backward(hidden, weight, bias, targets, torch.cat(normalisers))
+        spread = torch.cat(entropies) if entropy else None
+        if spread is not None:
+            ctx.mark_non_differentiable(spread)
+        return torch.cat(picked), spread
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        grad = grads[0]
+        hidden, weight, bias, targets, normalisers = ctx.saved_tensors
+        grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        grad_weight = torch.zeros_like(weight, dtype=wide) if ctx.needs_input_grad[1] else None
+        grad_bias = torch.zeros_like(bias, dtype=wide) if bias is not None and ctx.needs_input_grad[2] else None
+        for i in range(0, len(targets), ctx.rows):
+            part = slice(i, i + ctx.rows)
+            logits = _chunk_logits(ctx, hidden[part], weight, bias)
+            g = (logits - normalisers[part, None]).exp_().neg_()  # d logp / d logits = onehot - p
+            g.scatter_add_(1, targets[part, None], torch.ones_like(g[:, :1]))
+            g *= grad[part, None] / ctx.temperature
+            if grad_bias is not None:
+                grad_bias += g.sum(0)
+            g = g.to(ctx.dtype)
+            if grad_hidden is not None:
+                grad_hidden[part] = g @ weight.to(ctx.dtype)
+            if grad_weight is not None:
+                grad_weight += g.T @ hidden[part].to(ctx.dtype)
+        return (
+            grad_hidden,
+            None if grad_weight is None else grad_weight.to(weight.dtype),
+            None if grad_bias is None or bias is None else grad_bias.to(bias.dtype),
+            None,
+            None,
+            None,
+            None,
+        )
+
+
+def _chunk_logits(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    with torch.autocast(hidden.device.type, enabled=False):
+        cast = None if bias is None else bias.to(ctx.dtype)
+        logits: Tensor = _up(F.linear(hidden.to(ctx.dtype), weight.to(ctx.dtype), cast)) / ctx.temperature
+    return logits

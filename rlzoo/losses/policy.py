@@ -1,0 +1,100 @@
+"""The policy loss: a clipped surrogate per unique token, with an optional KL penalty to a reference.
+
+A token shared by several responses has one ratio, so its occurrences need only the sums of their weighted positive and
+negative advantages (see docs/packing.md); `aggregate` makes them.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal, get_args
+
+if TYPE_CHECKING:
+    import torch
+
+Aggregation = Literal["token_mean", "sequence_mean", "constant"]
+
+LOG_RATIO_LIMIT = 20.0  # e^20 is far outside any clip range and still finite after squaring in float32
+
+
+@dataclass(frozen=True)
+class TokenBatch:
+    """Per unique token, all [tokens]: log-probs of the policy (with gradient), old and reference ones (without), and the
+    summed weights `a_pos` = Σ w·max(A, 0), `a_neg` = Σ w·min(A, 0), `weight` = Σ w over the rows that hold the token."""
+
+    logprobs: torch.Tensor
+    old_logprobs: torch.Tensor
+    a_pos: torch.Tensor
+    a_neg: torch.Tensor
+    weight: torch.Tensor
+    ref_logprobs: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class PolicyLoss:
+    """PPO's clipped surrogate (Schulman et al. 2017, eq. 7) with separate clips (DAPO, eq. 10), dual clip (Ye et al. 2020,
+    eq. 5) and the k3 estimator of KL(policy || reference) (GRPO, eq. 4). Minimised:
+
+        -Σ [min(r, 1 + clip_high)·A⁺ + min(max(r, 1 - clip_low), dual_clip)·A⁻] + kl_coef·Σ w·(e^d - d - 1)
+
+    with r = exp(logp - old), d = ref - logp. `aggregation` says what one token of one row weighs (see `aggregate`):
+    "token_mean" (every token alike), "sequence_mean" (every row alike) or "constant" (1 / (rows · constant_tokens)).
+
+    Raises:
+        ValueError: an option is out of range.
+    """
+
+    name: ClassVar[str] = "policy"
+
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    dual_clip: float | None = None
+    kl_coef: float = 0.0
+    aggregation: Aggregation = "token_mean"
+    constant_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.clip_low <= 1:
+            raise ValueError(f"clip_low is {self.clip_low}; it must lie between 0 and 1")
+        if not self.clip_high >= 0:
+            raise ValueError(f"clip_high is {self.clip_high}; it must be 0 or more")
+        if self.dual_clip is not None and not self.dual_clip > 1:
+            raise ValueError(f"dual_clip is {self.dual_clip}; it must be greater than 1, or left out")
+        if not (self.kl_coef >= 0 and math.isfinite(self.kl_coef)):
+            raise ValueError(f"kl_coef is {self.kl_coef}; it must be a finite number, 0 or more")
+        if self.aggregation not in get_args(Aggregation):
+            raise ValueError(f"aggregation is {self.aggregation!r}; allowed are {', '.join(get_args(Aggregation))}")
+        if self.aggregation == "constant" and (self.constant_tokens is None or self.constant_tokens < 1):
+            raise ValueError(f"aggregation 'constant' needs constant_tokens, a whole number of at least 1, not {self.constant_tokens}")
+        if self.aggregation != "constant" and self.constant_tokens is not None:
+            raise ValueError(f"constant_tokens is only used by aggregation 'constant', not by {self.aggregation!r}")
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """What it requires of the other parts."""
+        return frozenset({"ref_logprobs"}) if self.kl_coef > 0 else frozenset()
+
+    def __call__(self, batch: TokenBatch) -> torch.Tensor:
+        """The loss of these tokens, a scalar: sums, since the denominators are in the weights.
+
+        Raises:
+            ValueError: kl_coef > 0 without reference log-probs.
+        """
+        ratio = (batch.logprobs - batch.old_logprobs).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
+        # clamp, not minimum: a minimum halves the gradient where its arguments tie
+        up = ratio.clamp(max=1 + self.clip_high)
+        down = ratio.clamp(min=1 - self.clip_low, max=self.dual_clip)
+        loss = -(up * batch.a_pos + down * batch.a_neg).sum()
+        if self.kl_coef > 0:
+            if batch.ref_logprobs is None:
+                raise ValueError(f"kl_coef is {self.kl_coef} but the trees carry no reference log-probs")
+            loss = loss + self.kl_coef * (batch.weight * k3(batch.ref_logprobs - batch.logprobs)).sum()
+        return loss
+
+
+def k3(log_ratio: torch.Tensor) -> torch.Tensor:
+    """e^x - x - 1 (Schulman, "Approximating KL divergence"): with x = log p - log q under samples of q, an unbiased,
+    never negative estimator of KL(q || p)."""
+    clamped = log_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
+    return clamped.expm1() - clamped

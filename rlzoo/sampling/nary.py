@@ -1,0 +1,85 @@
+"""A full N-ary tree of token segments per problem."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from ..builder import TreeBuilder
+from ..tree import ROOT, Stop
+from .base import Extend, SamplerOptions
+
+
+@dataclass(frozen=True, kw_only=True)
+class Nary(SamplerOptions):
+    """Sample a full tree: `branching` continuations of the prompt, and of every segment that is still open.
+
+    A segment that ends (end of text, answer, a limit) is a leaf at once, whatever its level.
+
+    Raises:
+        ValueError: a value is outside its range.
+    """
+
+    name: ClassVar[str] = "nary"
+    provides: ClassVar[frozenset[str]] = frozenset({"siblings"})
+    revisits: ClassVar[bool] = False
+
+    branching: int = 4
+    """Children of each inner node (N)."""
+    segment_tokens: tuple[int, ...] = (24, 24, 80)
+    """Longest segment per level, tokens; one value per level, or a single value together with `depth`."""
+    depth: int | None = None
+    """Levels of segments; by default the number of values in `segment_tokens`."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.branching < 1:
+            raise ValueError(f"sampler.branching is {self.branching}; it must be at least 1")
+        if not self.segment_tokens or min(self.segment_tokens) < 1:
+            raise ValueError(f"sampler.segment_tokens is {self.segment_tokens}; it needs one positive number of tokens per level")
+        if self.depth is not None and self.depth < 1:
+            raise ValueError(f"sampler.depth is {self.depth}; it must be at least 1")
+        if self.depth is not None and len(self.segment_tokens) not in (1, self.depth):
+            raise ValueError(
+                f"sampler.depth is {self.depth} but sampler.segment_tokens has {len(self.segment_tokens)} values; "
+                "give one value, or one per level"
+            )
+
+    @property
+    def levels(self) -> tuple[int, ...]:
+        """Longest segment of each level, tokens."""
+        if self.depth is not None and len(self.segment_tokens) == 1:
+            return self.segment_tokens * self.depth
+        return self.segment_tokens
+
+    @property
+    def max_response_tokens(self) -> int:
+        return sum(self.levels)
+
+    @property
+    def max_depth(self) -> int:
+        return len(self.levels)
+
+    @property
+    def leaves_per_tree(self) -> int:
+        return int(self.branching**self.max_depth)
+
+    def plant(self, builder: TreeBuilder, rng: np.random.Generator) -> _Expansion:
+        return _Expansion(self, builder)
+
+
+@dataclass(frozen=True, slots=True)
+class _Expansion:
+    options: Nary
+    builder: TreeBuilder
+
+    def start(self) -> list[Extend]:
+        return [Extend(ROOT, self.options.branching, self.options.levels[0])]
+
+    def grown(self, node: int) -> list[Extend]:
+        if self.builder.stop(node) != Stop.OPEN:
+            return []
+        level = len(self.builder.path(node))
+        return [Extend(node, self.options.branching, self.options.levels[level])]

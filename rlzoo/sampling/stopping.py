@@ -1,0 +1,114 @@
+"""When a path ends, and why: one pure function for every sampler."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import Literal
+
+from ..tree import Stop
+
+
+@dataclass(frozen=True, slots=True)
+class StopRules:
+    """Rules beyond the end-of-text token and the limits of length and depth.
+
+    Raises:
+        ValueError: a count is not positive, or an unknown choice.
+    """
+
+    boxed: Literal["ended", "alone", "off"] = "ended"
+    """A complete boxed answer anywhere in the response: with an end-of-text token it is an ANSWER (`ended`), or it ends the
+    path by itself (`alone`), or it is not looked for (`off`)."""
+    repetition: Literal["off", "first", "last"] = "off"
+    """Whether a segment that repeats itself ends its path, and whether this is asked before or after all other rules."""
+    repetition_chars: int = 32
+    """Length in characters of the substring looked for."""
+    repetition_times: int = 8
+    """How often it must occur in the segment's text; occurrences may overlap."""
+
+    def __post_init__(self) -> None:
+        if self.boxed not in ("ended", "alone", "off"):
+            raise ValueError(f"stopping.boxed is {self.boxed!r}; allowed are ended, alone and off")
+        if self.repetition not in ("off", "first", "last"):
+            raise ValueError(f"stopping.repetition is {self.repetition!r}; allowed are off, first and last")
+        if self.repetition_chars < 1 or self.repetition_times < 2:
+            raise ValueError("stopping.repetition_chars must be at least 1 and stopping.repetition_times at least 2")
+
+    def needs_response_text(self, ended: bool) -> bool:
+        """Whether `classify` will look at the text of the whole response."""
+        return self.boxed == "alone" or (self.boxed == "ended" and ended)
+
+    @property
+    def needs_segment_text(self) -> bool:
+        """Whether `classify` will look at the text of the newest segment."""
+        return self.repetition != "off"
+
+
+def classify(
+    rules: StopRules,
+    *,
+    ended: bool,
+    response_tokens: int,
+    max_response_tokens: int,
+    depth: int,
+    max_depth: int,
+    segment_text: str = "",
+    response_text: str = "",
+) -> Stop:
+    """Why the path that ends with this segment ends here, or OPEN.
+
+    `ended` says that the last token ends the text; `response_text` is the whole response (a boxed answer may cross a
+    segment boundary), `segment_text` its newest segment. Order: repetition if first, ANSWER, EOS, LENGTH, DEPTH, repetition
+    if last (the order of TreePO's released sampler).
+    """
+    repeated = rules.repetition != "off" and repeats(segment_text, rules.repetition_chars, rules.repetition_times)
+    if repeated and rules.repetition == "first":
+        return Stop.REPETITION
+    if rules.needs_response_text(ended) and has_boxed(response_text):
+        return Stop.ANSWER
+    if ended:
+        return Stop.EOS
+    if response_tokens >= max_response_tokens:
+        return Stop.LENGTH
+    if depth >= max_depth:
+        return Stop.DEPTH
+    return Stop.REPETITION if repeated else Stop.OPEN
+
+
+def repeats(text: str, chars: int, times: int) -> bool:
+    """Whether some substring of `chars` characters occurs at least `times` times in `text` (overlaps count)."""
+    windows = len(text) - chars + 1
+    if windows < times:
+        return False
+    return max(Counter(text[i : i + chars] for i in range(windows)).values()) >= times
+
+
+def has_boxed(text: str) -> bool:
+    r"""Whether `text` holds a complete \boxed{...} with balanced braces (escaped braces do not count)."""
+    start = text.find("\\boxed")
+    while start >= 0:
+        if _closes(text, start + len("\\boxed")):
+            return True
+        start = text.find("\\boxed", start + 1)
+    return False
+
+
+def _closes(text: str, at: int) -> bool:
+    while at < len(text) and text[at].isspace():
+        at += 1
+    if at >= len(text) or text[at] != "{":
+        return False
+    depth, escaped = 0, False
+    for char in text[at:]:
+        if escaped:
+            escaped = False
+        elif char == "\\":
+            escaped = True
+        elif char == "{":
+            depth += 1
+        elif char == "}":
+            depth -= 1
+            if depth == 0:
+                return True
+    return False

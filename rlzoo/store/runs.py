@@ -1,0 +1,202 @@
+"""A run's folder: what was configured, what happened step by step, and the row that came out of it. Nothing in it is pickled."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import tomllib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .environment import environment
+from .toml import dump_toml
+
+__all__ = ["RunFolder", "dump_toml", "environment", "read_rows", "to_json", "write_aside"]
+
+Row = dict[str, Any]
+
+
+class RunFolder:
+    """`config.toml`, `metrics.jsonl`, `trees/step-N.parquet`, `eval/NAME.jsonl`, `checkpoints/`, `final/`, `summary.json`.
+
+    Make one with `create` or `open`, never directly.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @classmethod
+    def create(cls, path: str | Path, config: Mapping[str, Any] | None = None) -> RunFolder:
+        """A new run folder, with `config.toml` if a config is given. An existing empty folder is taken.
+
+        Raises:
+            ValueError: the folder holds something already, or cannot be made or written.
+        """
+        folder = Path(path)
+        try:
+            if folder.is_dir() and any(folder.iterdir()):
+                raise ValueError(f"{folder} is not empty; a run never overwrites another: choose another --out, or remove it")
+            for part in (folder, folder / "trees", folder / "eval", folder / "checkpoints"):
+                part.mkdir(parents=True, exist_ok=True)
+            run = cls(folder)
+            if config is not None:
+                run.write_config(config)
+        except OSError as error:
+            raise ValueError(f"cannot write the run folder {folder}: {error.strerror or error}") from error
+        return run
+
+    @classmethod
+    def open(cls, path: str | Path) -> RunFolder:
+        """An existing run folder.
+
+        Raises:
+            ValueError: there is none at `path`.
+        """
+        folder = Path(path)
+        if not folder.is_dir():
+            raise ValueError(f"no run folder at {folder}")
+        if not (folder / "config.toml").is_file():
+            raise ValueError(f"{folder} is not a run folder: it has no config.toml")
+        return cls(folder)
+
+    @property
+    def name(self) -> str:
+        return self.path.resolve().name
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def final(self) -> Path:
+        return self.path / "final"
+
+    def write_config(self, config: Mapping[str, Any]) -> None:
+        """Write the complete, resolved config; options that are None are left out (TOML has no null)."""
+        write_aside(self.path / "config.toml", dump_toml(config))
+
+    def config(self) -> Row:
+        """The config as plain tables.
+
+        Raises:
+            ValueError: missing or broken file.
+        """
+        try:
+            return tomllib.loads((self.path / "config.toml").read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+            raise ValueError(f"cannot read the config of {self.path}: {error}") from error
+
+    def log(self, row: Mapping[str, Any]) -> None:
+        """Append one row to `metrics.jsonl`; it is on its way to disk when this returns."""
+        with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            file.write(to_json(row) + "\n")
+
+    def metrics(self) -> list[Row]:
+        """All rows of `metrics.jsonl`; a last line cut off by a kill is left out.
+
+        Raises:
+            ValueError: a broken line that is not the last.
+        """
+        return read_rows(self.path / "metrics.jsonl")
+
+    def rewind(self, step: int) -> None:
+        """Forget rows and trees after `step`, as a run resumed from that step's checkpoint makes them anew."""
+        kept = [row for row in self.metrics() if row.get("step", 0) <= step]
+        write_aside(self.path / "metrics.jsonl", "".join(to_json(row) + "\n" for row in kept))
+        for later in self.tree_steps():
+            if later > step:
+                self.trees_path(later).unlink()
+
+    def trees_path(self, step: int) -> Path:
+        """Where the trees of a step are stored."""
+        return self.path / "trees" / f"step-{step}.parquet"
+
+    def tree_steps(self) -> list[int]:
+        """Steps whose trees are stored, rising."""
+        found = [p.stem.removeprefix("step-") for p in (self.path / "trees").glob("step-*.parquet")]
+        return sorted(int(step) for step in found if step.isdecimal())
+
+    @contextmanager
+    def eval_sink(self, name: str) -> Iterator[Callable[[Mapping[str, Any]], None]]:
+        """A function that appends one row to `eval/NAME.jsonl`, each flushed, for `rlzoo.evaluation.runner.evaluate`."""
+        self.eval_path(name).parent.mkdir(parents=True, exist_ok=True)
+        with self.eval_path(name).open("a", encoding="utf-8") as file:
+
+            def sink(row: Mapping[str, Any]) -> None:
+                file.write(to_json(row) + "\n")
+                file.flush()
+
+            yield sink
+
+    def eval_path(self, name: str) -> Path:
+        return self.path / "eval" / f"{name}.jsonl"
+
+    def write_summary(self, summary: Mapping[str, Any]) -> None:
+        """Write the result row; it is there whole or not at all."""
+        write_aside(self.path / "summary.json", to_json(summary, indent=2) + "\n")
+
+    def summary(self) -> Row | None:
+        """The result row, None while the run has not finished.
+
+        Raises:
+            ValueError: a broken file.
+        """
+        path = self.path / "summary.json"
+        if not path.is_file():
+            return None
+        try:
+            row: Row = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{path} is not JSON: {error}") from error
+        return row
+
+
+def read_rows(path: Path) -> list[Row]:
+    """Rows of a JSONL file, [] without the file; a last line without its line end was cut off by a kill and is left out.
+
+    Raises:
+        ValueError: a broken line, by number.
+    """
+    if not path.is_file():
+        return []
+    rows: list[Row] = []
+    for number, line in enumerate(path.read_bytes().splitlines(keepends=True), 1):
+        if not line.endswith(b"\n"):
+            break
+        try:
+            rows.append(json.loads(line))
+        except ValueError as error:
+            raise ValueError(f"line {number} of {path.name} is not JSON: {error}") from error
+    return rows
+
+
+def write_aside(path: Path, text: str) -> None:
+    """Write beside the file and rename, so that a reader or a kill never meets half of it."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    with aside.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    aside.replace(path)
+
+
+def to_json(value: Any, indent: int | None = None) -> str:
+    """Strict JSON: numpy becomes plain, paths become text; NaN and infinities become null, as JSON has no word for them."""
+    return json.dumps(_plain(value), ensure_ascii=False, allow_nan=False, indent=indent)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [_plain(v) for v in value]
+    if isinstance(value, np.ndarray | np.generic):
+        return _plain(value.tolist())
+    if isinstance(value, Path):
+        return str(value)
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,321 @@
+"""The training loop: prompts -> trees -> rewards -> credit -> packed batch -> update -> rows. It names no algorithm."""
+
+from __future__ import annotations
+
+import copy
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..backends.select import open_backend
+from ..config import RunConfig
+from ..credit.base import Credit
+from ..data.loading import load_problems
+from ..data.stream import ProblemStream
+from ..data.templates import render
+from ..report.progress import Progress
+from ..report.tables import Cost, final_table, print_table
+from ..rewards.reward import open_reward
+from ..store.cost import Ledger
+from ..store.environment import environment
+from ..store.runs import RunFolder
+from ..store.trackers import check_trackers, open_trackers
+from ..store.trees import TreeRecord, write_trees
+from . import checkpoint, sync
+from .collect import Batch, Collector, GradedTree, describe
+from .exactness import exactness
+from .measure import Measurer
+from .models import LoadedModel, load_model
+from .optim import make_optimizer, make_scheduler
+from .update import NonFiniteError, score, update
+
+PROVE_EVERY = 20  # steps between proofs that the engine holds the trainer's weights; each costs one small batch
+PROOF_TOLERANCE = {"float64": 1e-9, "float32": 1e-3, "bfloat16": 0.5}  # largest log-prob deviation that rounding explains
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A finished run: its folder and its result row (also in summary.json)."""
+
+    folder: Path
+    summary: dict[str, Any]
+
+
+def run(config: RunConfig, *, out: Path | None = None, resume: bool = False) -> Run:
+    """Train as configured, measure, and leave a run folder.
+
+    Raises:
+        ValueError: bad input, found before anything slow starts.
+        RuntimeError: training could not go on (non-finite loss, grading failed, ...); the last checkpoint is usable.
+    """
+    check_trackers(config.trackers)
+    problems = load_problems(config.problems)
+    dev = load_problems(config.evaluation.dev, limit=config.evaluation.dev_problems) if config.evaluation.every else []
+    folder = _open_folder(config, out, resume)
+    torch.set_num_threads(config.backend.threads or os.cpu_count() or 1)
+    loaded = load_model(config.model, dtype=config.backend.dtype, device=config.backend.device)
+    trainer = Trainer(config, folder, loaded, problems, dev)
+    try:
+        if resume:
+            trainer.restore()
+        trainer.train()
+        return Run(folder.path, trainer.finish())
+    finally:
+        trainer.close()
+
+
+def _open_folder(config: RunConfig, out: Path | None, resume: bool) -> RunFolder:
+    if resume:
+        if out is None:
+            raise ValueError("--resume needs --out FOLDER, the run to go on with")
+        return RunFolder.open(out)
+    default = Path("runs") / f"{config.algo}-s{config.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
+    return RunFolder.create(out or default, config.to_dict())
+
+
+class Trainer:
+    """The state of a run and one method per stage."""
+
+    def __init__(self, config: RunConfig, folder: RunFolder, loaded: LoadedModel, problems: Sequence[Any], dev: Sequence[Any]) -> None:
+        self.config, self.folder, self.loaded = config, folder, loaded
+        self.algorithm = config.algorithm
+        self.ledger = _ledger(loaded.device)
+        self.model = loaded.model
+        self.step = 0
+        self.best: dict[str, float] = {}
+        self.sampled_tokens = 0
+        self.optimizer = make_optimizer(self.model, self.algorithm.optim)
+        self.scheduler = make_scheduler(self.optimizer, self.algorithm.optim, self._updates)
+        self.reference = copy.deepcopy(self.model).requires_grad_(False) if "ref_logprobs" in self.algorithm.loss.needs else None
+        self.backend = open_backend(config.backend, self.model, loaded.tokenizer, loaded.device)
+        self._check_prompts(problems)
+        self.reward = open_reward(config.reward)
+        self.stream = ProblemStream(problems, seed=config.seed)
+        self.collector = Collector(
+            self.algorithm, self.backend, self.reward, self.stream, template=config.template, seed=config.seed, ledger=self.ledger
+        )
+        self.dev = list(dev)
+        self.trackers = open_trackers(config.trackers, folder.path, config.to_dict())
+        self.progress = Progress(max(1, self.algorithm.schedule.steps))
+        self.measurer = Measurer(config, self.backend, self.reward, self.ledger, folder, self.progress)
+        self.layout = self._layout()
+        self.token_budget = config.update.token_budget
+
+    @property
+    def _updates(self) -> int:
+        schedule = self.algorithm.schedule
+        return schedule.steps * schedule.mini_batches * schedule.epochs
+
+    def _check_prompts(self, problems: Sequence[Any]) -> None:
+        limit = self.backend.max_context - self.algorithm.sampler.max_response_tokens
+        for problem in problems:
+            length = len(render(self.config.template, problem, self.backend.tokenizer))
+            if length > limit:
+                raise ValueError(
+                    f"problem {problem.id!r} has a prompt of {length} tokens; with responses of up to "
+                    f"{self.algorithm.sampler.max_response_tokens} the context of {self.backend.max_context} allows {limit}"
+                )
+
+    def _layout(self) -> str:
+        reason = exactness(self.model) if self.config.update.layout == "packed" else None
+        if reason:
+            self.progress.note(f"updates use one row per response: packing is not exact here ({reason})")
+        return "unrolled" if reason else self.config.update.layout
+
+    def restore(self) -> None:
+        """Go on from the newest checkpoint, if there is one.
+
+        Raises:
+            ValueError: the checkpoint cannot be read.
+        """
+        newest = checkpoint.latest(self.folder.checkpoints)
+        if newest is None:
+            return
+        state = checkpoint.restore(newest, self.model, self.optimizer)
+        self.step, self.best, self.stream.cursor = state["step"], state["best"], state["cursor"]
+        self.sampled_tokens = state["sampled_tokens"]
+        self.scheduler.load_state_dict(state["scheduler"])
+        self.ledger.resume(state["ledger"])
+        self.folder.rewind(self.step)
+        sync.sync(self.backend, self.model, self.step)
+
+    def train(self) -> None:
+        """All remaining steps, with dev evaluations and checkpoints.
+
+        Raises:
+            RuntimeError: see `run`.
+        """
+        options = self.config.evaluation
+        if self.step == 0 and self.dev:
+            self._log(self._measure_dev())
+        while self.step < self.algorithm.schedule.steps:
+            row = self._guarded_step()
+            last = self.step == self.algorithm.schedule.steps
+            improved = False
+            if self.dev and (last or self.step % options.every == 0):
+                row |= self._measure_dev()
+                improved = row["dev/pass_at_1"] > self.best.get("pass_at_1", -1.0)
+                if improved:
+                    self.best = {"step": self.step, "pass_at_1": row["dev/pass_at_1"]}
+            self._log(row)
+            due = self.config.checkpoints.every and self.step % self.config.checkpoints.every == 0
+            if improved or due or last:
+                self._save()
+
+    def _guarded_step(self) -> dict[str, float]:
+        """A step; if its loss or gradient is not finite, the weights (still those before it) are saved before the run ends."""
+        cursor = self.stream.cursor
+        try:
+            return self._one_step()
+        except NonFiniteError as error:
+            self.stream.cursor = cursor
+            self._save()
+            raise NonFiniteError(f"step {self.step + 1}: {error}; the weights before it are in {self.folder.checkpoints}") from error
+
+    def _one_step(self) -> dict[str, float]:
+        started, before = time.perf_counter(), self.ledger.seconds()
+        batch = self.collector.collect(self.step)
+        row = describe(batch)
+        with self.ledger.phase("credit"):
+            trees = [g.tree for g in batch.kept]
+            credits = self.algorithm.filter.mask(trees, self.algorithm.credit(trees))
+        used = [i for i, c in enumerate(credits) if len(c.row)]
+        row["trained_trees"] = len(used)
+        if used:
+            row |= self._update([trees[i] for i in used], [credits[i] for i in used])
+        else:
+            self.progress.note(f"step {self.step + 1}: no tree carries a signal (all right, all wrong or ungraded); weights stay")
+        self.step += 1
+        self._store(batch, credits)
+        self.sampled_tokens += int(row["sampled_tokens"])
+        spent = {name: seconds - before[name] for name, seconds in self.ledger.seconds().items()}
+        row |= {f"seconds/{name}": round(s, 4) for name, s in spent.items() if s > 0}
+        row["tokens_per_s"] = row["unrolled_tokens"] / max(spent["sampling"], 1e-9)
+        row["unique_tokens_per_s"] = row["sampled_tokens"] / max(spent["sampling"], 1e-9)
+        row["total_sampled_tokens"] = self.sampled_tokens
+        row["device_hours"] = self.ledger.device_hours
+        row["step_s"] = time.perf_counter() - started
+        return row
+
+    def _update(self, trees: list[Any], credits: list[Credit]) -> dict[str, float]:
+        options = self.config.update
+        computation: dict[str, Any] = {
+            "temperature": self.algorithm.sampler.sampling.temperature,
+            "vocab_size": len(self.backend.tokenizer),
+            "token_budget": self.token_budget,
+            "layout": self.layout,
+            "autocast_dtype": torch.bfloat16 if options.autocast else None,
+            "message": self.progress.note,
+        }
+        if self.reference is not None:
+            with self.ledger.phase("scoring"):
+                scores = score(self.reference, trees, **computation)
+                trees = [replace(t, ref_logprobs=s) for t, s in zip(trees, scores, strict=True)]
+        with self.ledger.phase("update"):
+            metrics = update(
+                self.model,
+                self.optimizer,
+                trees,
+                credits,
+                self.algorithm.loss,
+                scheduler=self.scheduler,
+                max_grad_norm=self.algorithm.optim.max_grad_norm,
+                mini_batches=self.algorithm.schedule.mini_batches,
+                epochs=self.algorithm.schedule.epochs,
+                **computation,
+            )
+        self.token_budget = int(metrics["token_budget"])  # smaller for good once memory ran out
+        with self.ledger.phase("sync"):
+            sync.sync(self.backend, self.model, self.step + 1)
+            if self.step % PROVE_EVERY == 0:
+                sync.prove(
+                    self.backend, self.model, self._probe(), tolerance=PROOF_TOLERANCE[self.config.backend.dtype], seed=self.config.seed
+                )
+        return {f"update/{name}": value for name, value in metrics.items()}
+
+    def _probe(self) -> list[list[int]]:
+        """The same few prompts each time, so that a stale prefix cache would show."""
+        problems = [problem for _, problem in ProblemStream(self.stream.problems, seed=0).take(4)]
+        return [render(self.config.template, p, self.backend.tokenizer) for p in problems]
+
+    def _store(self, batch: Batch, credits: Sequence[Credit]) -> None:
+        given: list[Credit | None] = [*credits, *(None for _ in batch.dropped)]
+        write_trees(self.folder.trees_path(self.step), [g.tree for g in batch.all], given, [_record(g) for g in batch.all])
+
+    def _measure_dev(self) -> dict[str, float]:
+        result = self.measurer.dev(self.dev, step=self.step)
+        return {f"dev/{name}": value for name, value in result.items()}
+
+    def _log(self, row: dict[str, float]) -> None:
+        row = {"step": self.step, **row}
+        self.folder.log(row)
+        self.trackers.log(row, self.step)
+        self.progress.update(row)
+
+    def _save(self) -> None:
+        with self.ledger.phase("checkpoint"):
+            state = {
+                "cursor": self.stream.cursor,
+                "best": self.best,
+                "sampled_tokens": self.sampled_tokens,
+                "scheduler": self.scheduler.state_dict(),
+                "ledger": self.ledger.as_dict(),
+            }
+            checkpoint.save(self.folder.checkpoints, self.step, self.model, self.loaded.tokenizer, self.optimizer, state)
+            keep = {int(self.best["step"])} if self.best else set()
+            checkpoint.prune(self.folder.checkpoints, last=self.config.checkpoints.last, keep=keep)
+
+    def finish(self) -> dict[str, Any]:
+        """Write `final/`, measure base and trained model on the suite, write summary.json, print the table; returns the row."""
+        with self.ledger.phase("checkpoint"):
+            checkpoint.save_model(self.folder.final, self.model, self.loaded.tokenizer)
+        training = self.ledger.as_dict()
+        self.progress.close()
+        results = self.measurer.final(self.model)
+        summary = {
+            "algo": self.config.algo,
+            "seed": self.config.seed,
+            "steps": self.step,
+            "sampled_tokens": self.sampled_tokens,
+            "best": self.best,
+            "training": training,
+            "config": self.config.to_dict(),
+            "environment": environment(),
+            "results": {model: {name: r.as_dict() for name, r in sets.items()} for model, sets in results.items()},
+        }
+        table = None
+        if results:
+            cost = Cost(self.sampled_tokens, training["device_hours"])
+            table = final_table(results["base"], results["trained"], cost, device=self.ledger.device)
+            summary["table"] = table.as_dict()
+        self.folder.write_summary(summary | {"ledger": self.ledger.as_dict()})
+        if table is not None:
+            print_table(table)
+        print(f"run folder: {self.folder.path}")
+        return summary
+
+    def close(self) -> None:
+        """End workers and trackers; idempotent."""
+        self.progress.close()
+        self.reward.close()
+        self.trackers.close()
+        self.backend.close()
+
+
+def _record(graded: GradedTree) -> TreeRecord:
+    problem = graded.problem
+    return TreeRecord(problem.id, problem.problem, problem.answer, graded.kinds, graded.texts)
+
+
+def _ledger(device: str) -> Ledger:
+    if device == "cpu":
+        return Ledger(torch.get_num_threads(), "cpu core")
+    return Ledger(1, torch.cuda.get_device_name(device))
+
+
+__all__ = ["Run", "Trainer", "run"]

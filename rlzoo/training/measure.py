@@ -1,0 +1,72 @@
+"""Measuring inside a run: the dev split while training, base and trained model on the suite at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ..backends.protocol import Backend
+from ..config import RunConfig
+from ..data.problems import Problem
+from ..evaluation.runner import SetResult, evaluate
+from ..evaluation.suites import load_suite
+from ..report.progress import Progress, counting
+from ..rewards.reward import Reward
+from ..store.cost import Ledger
+from ..store.runs import RunFolder
+from . import sync
+from .models import load_model
+
+NONE = "none"
+SEED = 20_000  # evaluation draws its own numbers, the same ones for every run, so that runs are compared on equal terms
+
+
+class Measurer:
+    """Evaluates through the run's own backend and grader; the time goes to the ledger's `evaluation`."""
+
+    def __init__(self, config: RunConfig, backend: Backend, reward: Reward, ledger: Ledger, folder: RunFolder, progress: Progress) -> None:
+        self._config, self._backend, self._reward = config, backend, reward
+        self._ledger, self._folder, self._progress = ledger, folder, progress
+        self._suite = {} if config.evaluation.suite == NONE else load_suite(config.evaluation.suite)
+
+    def dev(self, problems: Sequence[Problem], *, step: int) -> dict[str, float]:
+        """Pass@1 and mean response length on dev problems, with the interval's half width."""
+        result = self._evaluate({"dev": problems}, k=self._config.evaluation.dev_k, greedy=False, name=None)["dev"]
+        estimate = result.pass_at_1
+        return {
+            "pass_at_1": estimate.mean,
+            "half_width": (estimate.high - estimate.low) / 2,
+            "length": result.length["mean"],
+            "truncated": result.truncated_rate,
+        }
+
+    def final(self, model: Any) -> dict[str, dict[str, SetResult]]:
+        """{"base": ..., "trained": ...}: both models on the suite, k samples at temperature 1 and greedy; {} without a suite.
+
+        The engine holds the base's weights afterwards.
+        """
+        if not self._suite:
+            return {}
+        self._progress.note(f"measuring the trained model on {self._config.evaluation.suite} (k = {self._config.evaluation.k})")
+        sync.sync(self._backend, model, version=-1)
+        trained = self._evaluate(self._suite, k=self._config.evaluation.k, greedy=True, name="trained")
+        self._progress.note("measuring the base model")
+        options = self._config.backend
+        sync.sync(self._backend, load_model(self._config.model, dtype=options.dtype, device=options.device).model, version=-2)
+        base = self._evaluate(self._suite, k=self._config.evaluation.k, greedy=True, name="base")
+        return {"base": base, "trained": trained}
+
+    def _evaluate(self, suite: Mapping[str, Sequence[Problem]], *, k: int, greedy: bool, name: str | None) -> dict[str, SetResult]:
+        settings: dict[str, Any] = {
+            "k": k,
+            "greedy": greedy,
+            "max_response_tokens": self._config.evaluation.max_response_tokens,
+            "template": self._config.template,
+            "grade": self._reward,
+            "seed": SEED,
+        }
+        with self._ledger.phase("evaluation"):
+            if name is None:
+                return evaluate(self._backend, self._backend.tokenizer, suite, **settings)
+            with self._folder.eval_sink(name) as sink, counting(f"{name}: responses") as progress:
+                return evaluate(self._backend, self._backend.tokenizer, suite, sink=sink, progress=progress, **settings)

@@ -1,0 +1,376 @@
+"""One update of the policy from credited trees, and teacher-forced scoring by the same packed forward pass."""
+
+from __future__ import annotations
+
+import gc
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from ..credit.base import Credit
+from ..losses.aggregate import Counts, TokenWeights, aggregate
+from ..losses.policy import PolicyLoss, TokenBatch
+from ..tree import ROOT, Float32, Float64, Tree
+from .forward import Head, autocast, forward_of, pack_logprobs
+from .packing import Bool, Pack, PackStats, pack
+from .rows import Layout
+
+log = logging.getLogger(__name__)
+
+OldLogprobs = Literal["sampler", "recomputed"]
+MIN_TOKEN_BUDGET = 256
+DEFAULT_TOKEN_BUDGET = 8192  # on a CPU, larger packs fall out of its caches: 16384 took 8 % longer on a 0.8 M model
+
+
+class NonFiniteError(RuntimeError):
+    """A loss or gradient that is not finite; raised before the optimiser step, so the weights are those of the last one."""
+
+
+@dataclass(frozen=True)
+class ForwardOptions:
+    """How trees pass through the model. `vocab_size`: ids of the tokenizer (those beyond have probability 0; None: all of the
+    head). `token_budget`: rows · length of one pack. `autocast_dtype`: mixed precision, None for the model's own."""
+
+    temperature: float = 1.0
+    vocab_size: int | None = None
+    token_budget: int = DEFAULT_TOKEN_BUDGET
+    layout: Layout = "packed"
+    autocast_dtype: torch.dtype | None = None
+    entropy: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class Gradients:
+    """What one pass over a mini-batch gave, beside the gradients left in the parameters. Per trained token of every pack,
+    concatenated: `log_ratio` (policy / old), `share`, `entropy`, `ref_gap` (ref - policy) and signs of the advantages."""
+
+    loss: float
+    log_ratio: Float64
+    share: Float64
+    helped: Bool
+    hurt: Bool
+    entropy: Float64 | None
+    ref_gap: Float64 | None
+    stats: PackStats
+
+
+def gradients(
+    model: nn.Module,
+    trees: Sequence[Tree],
+    weights: Sequence[TokenWeights],
+    old_logprobs: Sequence[Float32],
+    loss: PolicyLoss,
+    options: ForwardOptions,
+    *,
+    head: Head | None = None,
+) -> Gradients:
+    """Add the gradient of the loss over `trees` to the parameters' `.grad`, pack by pack.
+
+    `weights` carry the denominators of the whole mini-batch, so that the sum over packs is the gradient of one big batch.
+    `old_logprobs` [tokens] per tree.
+
+    Raises:
+        ValueError: the loss needs reference log-probs and a tree has none.
+    """
+    head = head or Head.of(model)
+    packs, stats = pack(trees, [w.weight > 0 for w in weights], options.token_budget, layout=options.layout)
+    flat = _flatten(trees, weights, old_logprobs, loss)
+    device, total = next(model.parameters()).device, 0.0
+    parts: list[tuple[torch.Tensor | None, ...]] = []
+    for p in packs:
+        with forward_of(model, options.layout), autocast(device, options.autocast_dtype):
+            logprobs, entropy = pack_logprobs(
+                model, p, head, temperature=options.temperature, vocab_size=options.vocab_size, entropy=options.entropy
+            )
+        batch = _token_batch(flat, p, logprobs)
+        value = loss(batch)
+        with forward_of(model, options.layout):  # checkpointed layers run forward again
+            value.backward()  # type: ignore[no-untyped-call]
+        total += float(value.detach())
+        with torch.no_grad():
+            gap = None if batch.ref_logprobs is None else batch.ref_logprobs - logprobs
+            parts.append((logprobs.detach() - batch.old_logprobs, batch.a_pos > 0, batch.a_neg < 0, entropy, gap))
+    columns = [_column(c) for c in zip(*parts, strict=True)] or [None] * 5
+    share = np.concatenate([p.share for p in packs]) if packs else np.zeros(0)
+    empty = np.zeros(0)
+    return Gradients(
+        loss=total,
+        log_ratio=empty if columns[0] is None else columns[0].astype(np.float64),
+        share=share,
+        helped=empty.astype(bool) if columns[1] is None else columns[1],
+        hurt=empty.astype(bool) if columns[2] is None else columns[2],
+        entropy=columns[3],
+        ref_gap=columns[4],
+        stats=stats,
+    )
+
+
+def _column(values: Sequence[torch.Tensor | None]) -> NDArray[Any] | None:
+    present = [v for v in values if v is not None]
+    return torch.cat(present).cpu().numpy() if present else None
+
+
+def update(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    trees: Sequence[Tree],
+    credits: Sequence[Credit],
+    loss: PolicyLoss,
+    *,
+    temperature: float = 1.0,
+    vocab_size: int | None = None,
+    token_budget: int = DEFAULT_TOKEN_BUDGET,
+    layout: Layout = "packed",
+    old_logprobs: OldLogprobs = "sampler",
+    autocast_dtype: torch.dtype | None = None,
+    entropy: bool = False,
+    max_grad_norm: float | None = 1.0,
+    mini_batches: int = 1,
+    epochs: int = 1,
+    scheduler: torch.optim.lr_scheduler.LRScheduler | None = None,
+    message: Callable[[str], None] = log.warning,
+) -> dict[str, float]:
+    """Take `mini_batches` · `epochs` optimiser steps on the credited trees and return what happened.
+
+    Trees without a trained token are set aside; the others are cut, in the order given, into `mini_batches` runs of nearly
+    equal numbers of trees, the same in every epoch. `old_logprobs`: the sampler's, or a forward pass made before the first
+    step. Out of memory halves the token budget, says so through `message` and repeats the mini-batch from zeroed gradients;
+    the budget left is returned as `token_budget`.
+
+    Returns means over optimiser steps: loss, grad_norm, ratio_mean, ratio_p99, log_ratio_max, clip_low_fraction,
+    clip_high_fraction (of trained tokens), kl_old (k1), kl_old_k3, kl_ref (if there is a reference), entropy (on request);
+    and sums over them: updates, dropped_terms and the fields of PackStats. `updates` is 0 where nothing could be trained.
+
+    Raises:
+        NonFiniteError: a loss or gradient norm is not finite; the weights are as after the last step.
+        ValueError: credits do not fit the trees, reference log-probs are missing, options out of range.
+        torch.OutOfMemoryError or RuntimeError: out of memory at the smallest token budget.
+    """
+    if mini_batches < 1 or epochs < 1:
+        raise ValueError(f"mini_batches is {mini_batches} and epochs is {epochs}; both must be at least 1")
+    options = ForwardOptions(temperature, vocab_size, token_budget, layout, autocast_dtype, entropy)
+    if len(trees) != len(credits):
+        raise ValueError(f"{len(trees)} trees but {len(credits)} credits")
+    head, was_training = Head.of(model), model.training
+    old = _old_logprobs(model, trees, credits, old_logprobs, options)
+    everything, counts = aggregate(trees, credits, "token_mean", old_logprobs=old)
+    if counts.dropped and not counts.terms:
+        raise ValueError(f"none of the {counts.dropped} credited tokens has a finite old log-prob; the sampler must record them")
+    live = [i for i, w in enumerate(everything) if w.weight.any()]
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    steps: list[dict[str, float]] = []
+    model.train()
+    try:
+        for epoch in range(epochs):
+            for number, part in enumerate(np.array_split(np.asarray(live, np.int64), mini_batches)):
+                if len(part) == 0:
+                    continue
+                where = f"mini-batch {number + 1} of {mini_batches}, epoch {epoch + 1} of {epochs}"
+                some, some_old = [trees[i] for i in part], [old[i] for i in part]
+                weights, counts = aggregate(
+                    some, [credits[i] for i in part], loss.aggregation, constant_tokens=loss.constant_tokens, old_logprobs=some_old
+                )
+                result, options = _with_retry(model, optimizer, some, weights, some_old, loss, options, head, message)
+                norm = _step(result.loss, parameters, optimizer, max_grad_norm, where)
+                if scheduler is not None:
+                    scheduler.step()
+                steps.append(_metrics(result, loss, counts) | {"grad_norm": norm})
+    finally:
+        model.train(was_training)
+    return _summary(steps) | {"token_budget": float(options.token_budget)}
+
+
+def score(
+    model: nn.Module,
+    trees: Sequence[Tree],
+    *,
+    temperature: float = 1.0,
+    vocab_size: int | None = None,
+    token_budget: int = DEFAULT_TOKEN_BUDGET,
+    layout: Layout = "packed",
+    autocast_dtype: torch.dtype | None = None,
+    only: Sequence[Bool] | None = None,
+    message: Callable[[str], None] = log.warning,
+) -> list[Float32]:
+    """Teacher-forced log-probs float32 [tokens] per tree, each token forwarded as rarely as packing allows; NaN for the
+    prompt. `only` (bool [tokens] per tree) leaves the other tokens NaN and uncomputed. Runs in eval mode, without gradient.
+    Out of memory halves the token budget, as in `update`."""
+    wanted = [np.arange(len(t.tokens)) >= t.lengths[ROOT] for t in trees] if only is None else only
+    head, was_training = Head.of(model), model.training
+    device = next(model.parameters()).device
+    bounds = np.cumsum([0, *(len(t.tokens) for t in trees)])
+    flat = np.full(int(bounds[-1]), np.nan, np.float32)
+    model.eval()
+    try:
+        while True:
+            try:
+                for p in pack(trees, wanted, token_budget, layout=layout)[0]:
+                    with torch.no_grad(), forward_of(model, layout), autocast(device, autocast_dtype):
+                        values, _ = pack_logprobs(model, p, head, temperature=temperature, vocab_size=vocab_size)
+                    flat[p.target] = values.float().cpu().numpy()
+                break
+            except RuntimeError as error:
+                token_budget = _smaller(token_budget, error, message)
+            _free()
+    finally:
+        model.train(was_training)
+    return [flat[a:b] for a, b in pairwise(bounds)]
+
+
+def _old_logprobs(
+    model: nn.Module, trees: Sequence[Tree], credits: Sequence[Credit], source: OldLogprobs, options: ForwardOptions
+) -> list[Float32]:
+    if source == "sampler":
+        return [t.logprobs for t in trees]
+    if source != "recomputed":
+        raise ValueError(f"old_logprobs is {source!r}; allowed are 'sampler' and 'recomputed'")
+    known = [np.zeros(len(t.tokens), np.float32) for t in trees]  # nothing is dropped before it is computed
+    wanted = [w.weight > 0 for w in aggregate(trees, credits, "token_mean", old_logprobs=known)[0]]
+    scores = score(
+        model,
+        trees,
+        temperature=options.temperature,
+        vocab_size=options.vocab_size,
+        token_budget=options.token_budget,
+        layout=options.layout,
+        autocast_dtype=options.autocast_dtype,
+        only=wanted,
+    )
+    bad = sum(int((~np.isfinite(s[w])).sum()) for s, w in zip(scores, wanted, strict=True))
+    if bad:
+        raise NonFiniteError(f"{bad} recomputed old log-probs are not finite: the weights are broken; no step was taken on them")
+    return scores
+
+
+def _with_retry(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    trees: Sequence[Tree],
+    weights: Sequence[TokenWeights],
+    old: Sequence[Float32],
+    loss: PolicyLoss,
+    options: ForwardOptions,
+    head: Head,
+    message: Callable[[str], None],
+) -> tuple[Gradients, ForwardOptions]:
+    while True:
+        optimizer.zero_grad(set_to_none=True)
+        try:
+            return gradients(model, trees, weights, old, loss, options, head=head), options
+        except RuntimeError as error:
+            options = replace(options, token_budget=_smaller(options.token_budget, error, message))
+        _free()  # outside the handler: the traceback held the pack's tensors
+
+
+def _smaller(token_budget: int, error: RuntimeError, message: Callable[[str], None]) -> int:
+    """Half the budget after running out of memory; any other error, or one at the floor, goes on upwards."""
+    text = str(error).lower()
+    out = isinstance(error, torch.OutOfMemoryError) or "not enough memory" in text or "can't allocate memory" in text
+    if not out or token_budget // 2 < MIN_TOKEN_BUDGET:
+        raise error
+    message(f"out of memory at a token budget of {token_budget}; going on with {token_budget // 2}")
+    return token_budget // 2
+
+
+def _free() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _step(
+    loss: float, parameters: Sequence[torch.Tensor], optimizer: torch.optim.Optimizer, max_grad_norm: float | None, where: str
+) -> float:
+    norm = float(torch.nn.utils.clip_grad_norm_(parameters, float("inf") if max_grad_norm is None else max_grad_norm))
+    if not (np.isfinite(loss) and np.isfinite(norm)):
+        optimizer.zero_grad(set_to_none=True)
+        raise NonFiniteError(f"loss {loss} and gradient norm {norm} in {where}: both must be finite; no step was taken on them")
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return norm
+
+
+@dataclass(frozen=True, eq=False)
+class _Flat:
+    """Per token of all trees, one after another."""
+
+    old: NDArray[np.float32]
+    a_pos: Float64
+    a_neg: Float64
+    weight: Float64
+    ref: NDArray[np.float32] | None
+
+
+def _flatten(trees: Sequence[Tree], weights: Sequence[TokenWeights], old: Sequence[Float32], loss: PolicyLoss) -> _Flat:
+    ref = None
+    if loss.kl_coef > 0:
+        present = [t.ref_logprobs for t in trees if t.ref_logprobs is not None]
+        if len(present) < len(trees):
+            raise ValueError(
+                f"kl_coef is {loss.kl_coef} but {len(trees) - len(present)} of {len(trees)} trees carry no reference log-probs"
+            )
+        ref = np.concatenate(present)
+    return _Flat(
+        np.concatenate(old),
+        np.concatenate([w.a_pos for w in weights]),
+        np.concatenate([w.a_neg for w in weights]),
+        np.concatenate([w.weight for w in weights]),
+        ref,
+    )
+
+
+def _token_batch(flat: _Flat, p: Pack, logprobs: torch.Tensor) -> TokenBatch:
+    def on_device(values: NDArray[np.floating]) -> torch.Tensor:
+        return torch.as_tensor(values, dtype=logprobs.dtype, device=logprobs.device)
+
+    return TokenBatch(
+        logprobs=logprobs,
+        old_logprobs=on_device(flat.old[p.target]),
+        a_pos=on_device(flat.a_pos[p.target] * p.share),
+        a_neg=on_device(flat.a_neg[p.target] * p.share),
+        weight=on_device(flat.weight[p.target] * p.share),
+        ref_logprobs=None if flat.ref is None else on_device(flat.ref[p.target]),
+    )
+
+
+def _metrics(result: Gradients, loss: PolicyLoss, counts: Counts) -> dict[str, float]:
+    share = result.share / result.share.sum()
+    with np.errstate(over="ignore"):
+        ratio = np.exp(result.log_ratio)
+    values = {
+        "loss": result.loss,
+        "ratio_mean": float(share @ ratio),
+        "ratio_p99": float(np.quantile(ratio, 0.99)),
+        "log_ratio_max": float(np.abs(result.log_ratio).max()),
+        "clip_low_fraction": float(share @ (result.hurt & (ratio < 1 - loss.clip_low))),
+        "clip_high_fraction": float(share @ (result.helped & (ratio > 1 + loss.clip_high))),
+        "kl_old": float(share @ -result.log_ratio),
+        "kl_old_k3": float(share @ (ratio - 1 - result.log_ratio)),
+    }
+    if result.ref_gap is not None:
+        gap = np.clip(result.ref_gap.astype(np.float64), -20, 20)
+        values["kl_ref"] = float(share @ (np.expm1(gap) - gap))
+    if result.entropy is not None:
+        values["entropy"] = float(share @ result.entropy)
+    return values | {"dropped_terms": float(counts.dropped)} | {k: float(v) for k, v in asdict(result.stats).items()}
+
+
+_SUMS = frozenset({"dropped_terms", *asdict(PackStats())})
+
+
+def _summary(steps: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Sums of counts, means of the rest."""
+    if not steps:
+        return {"updates": 0.0}
+    summary = {"updates": float(len(steps))}
+    for key in steps[0]:
+        values = [s[key] for s in steps]
+        summary[key] = float(np.sum(values) if key in _SUMS else np.mean(values))
+    return summary

@@ -1,0 +1,168 @@
+"""The command line end to end on the embedded model and task, in miniature; every registered algorithm."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from rlzoo import registry
+from rlzoo.cli import main
+from rlzoo.store.runs import RunFolder
+from rlzoo.store.trees import read_trees
+from rlzoo.training.models import load_model, resolve
+
+SMALL = [
+    "--schedule.steps", "2", "--schedule.problems-per-step", "6", "--evaluation.suite", "none", "--evaluation.dev-problems", "4",
+    "--evaluation.every", "2", "--evaluation.dev-k", "2", "--backend.capacity", "64", "--backend.threads", "1",
+]  # fmt: skip
+
+
+def run(tmp_path, *flags, name="run"):
+    out = tmp_path / name
+    assert main(["run", "--out", str(out), *SMALL, *flags]) == 0
+    return RunFolder.open(out)
+
+
+def weights(folder):
+    return load_file(folder / "model.safetensors")
+
+
+@pytest.mark.parametrize("name", registry.names("algorithm"))
+def test_a_run_leaves_everything_a_run_leaves(name, tmp_path, capsys):
+    folder = run(tmp_path, "--algo", name)
+    assert f"run folder: {folder.path}" in capsys.readouterr().out
+    rows = folder.metrics()
+    assert [r["step"] for r in rows] == [0, 1, 2] and "dev/pass_at_1" in rows[0] and "dev/pass_at_1" in rows[2]
+    for key in (
+        "reward",
+        "length",
+        "truncated",
+        "dead_groups",
+        "update/ratio_mean",
+        "update/grad_norm",
+        "device_hours",
+        "unique_tokens_per_s",
+    ):
+        assert key in rows[1], key
+    assert rows[1]["update/ratio_mean"] == pytest.approx(1, abs=1e-3)  # on policy: sampler and trainer agree
+    base, trained = weights(__import__("pathlib").Path(resolve("tiny"))), weights(folder.final)
+    assert any(not torch.equal(base[k], trained[k]) for k in base)
+    assert (folder.checkpoints / "step-2" / "optimizer.safetensors").exists()
+    summary = folder.summary()
+    assert summary["sampled_tokens"] == sum(r["sampled_tokens"] for r in rows[1:])
+    assert sum(summary["ledger"]["seconds"].values()) == pytest.approx(summary["ledger"]["wall_s"])
+    stored = read_trees(folder.trees_path(1))
+    assert len(stored) == 6 and any(s.credit is not None for s in stored)
+    assert list(folder.path.rglob("events.out.tfevents*")) and not list(folder.path.rglob("*.pkl")) and not list(folder.path.rglob("*.bin"))
+    assert main(["show", str(folder.path), "--tree", "1"]) == 0
+    shown = capsys.readouterr().out
+    assert stored[1].record.problem[:20] in shown and "EOS" in shown + "ANSWER" + "LENGTH"
+    load_model(str(folder.final), dtype="float32", device="cpu")
+
+
+@pytest.mark.parametrize("name", registry.names("algorithm"))
+def test_the_same_seed_gives_the_same_run(name, tmp_path):
+    a, b = run(tmp_path, "--algo", name, name="a"), run(tmp_path, "--algo", name, name="b")
+    first, second = weights(a.final), weights(b.final)
+    assert all(torch.equal(first[k], second[k]) for k in first)
+    other = weights(run(tmp_path, "--algo", name, "--seed", "1", name="c").final)
+    assert any(not torch.equal(first[k], other[k]) for k in first)
+
+
+def test_resuming_gives_the_run_that_would_have_been(tmp_path):
+    whole = run(tmp_path, "--algo", "treerpo", "--checkpoints.every", "1", name="whole")
+    cut = run(tmp_path, "--algo", "treerpo", "--checkpoints.every", "1", name="cut")
+    for step in (cut.checkpoints / "step-2", cut.final):
+        for file in step.iterdir():
+            file.unlink()
+        step.rmdir()
+    assert main(["run", "--config", str(cut.path / "config.toml"), "--out", str(cut.path), "--resume"]) == 0
+    first, second = weights(whole.final), weights(cut.final)
+    assert all(torch.equal(first[k], second[k]) for k in first)
+    assert [r["reward"] for r in whole.metrics()[1:]] == [r["reward"] for r in cut.metrics()[1:]]
+
+
+def test_kl_reference_epochs_and_mini_batches(tmp_path):
+    rows = run(
+        tmp_path, "--algo", "treerpo", "--loss.kl-coef", "0.01", "--schedule.epochs", "2", "--schedule.mini-batches", "2"
+    ).metrics()  # fmt: skip
+    assert rows[1]["update/updates"] == 4 and rows[2]["update/kl_ref"] > 0 and rows[1]["seconds/scoring"] > 0
+
+
+def test_a_plugin_reward_and_a_step_without_signal(tmp_path, monkeypatch, capsys):
+    (tmp_path / "same.py").write_text("def score(items):\n    return [1.0 for _ in items]\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    folder = run(tmp_path, "--algo", "grpo", "--reward", "same:score")
+    assert folder.metrics()[1]["dead_groups"] == 1 and "update/updates" not in folder.metrics()[1]
+    base, trained = weights(__import__("pathlib").Path(resolve("tiny"))), weights(folder.final)
+    assert all(torch.equal(base[k], trained[k]) for k in base)
+    assert "no tree carries a signal" in "".join(capsys.readouterr())
+
+
+def test_dead_groups_are_refilled_within_bounds(tmp_path):
+    rows = run(tmp_path, "--algo", "grpo", "--filter.refill-rounds", "3").metrics()
+    assert all(r["trees"] <= 6 for r in rows[1:])
+    assert any(r["trees"] / (1 - r["dead_groups"]) > 6 for r in rows[1:] if r["dead_groups"])
+
+
+def test_a_non_finite_update_stops_the_run_with_a_usable_checkpoint(tmp_path, monkeypatch, capsys):
+    from rlzoo.training import loop, update
+
+    real, calls = loop.update, []
+
+    def second_one_breaks(model, optimizer, *args, **kwargs):
+        calls.append(1)
+        if len(calls) == 2:  # poison the gradient, as an overflow would
+            monkeypatch.setattr(update, "gradients", lambda *a, **k: _nan(update, model))
+        return real(model, optimizer, *args, **kwargs)
+
+    def _nan(module, model):
+        next(model.parameters()).grad = torch.full_like(next(model.parameters()), float("nan"))
+        return module.Gradients(float("nan"), *[torch.zeros(1).numpy()] * 4, None, None, module.PackStats())
+
+    monkeypatch.setattr(loop, "update", second_one_breaks)
+    out = tmp_path / "run"
+    assert main(["run", "--algo", "grpo", "--out", str(out), *SMALL]) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("rlzoo: step 2: loss nan") and "checkpoints" in error
+    saved = weights(out / "checkpoints" / "step-1")
+    assert all(torch.isfinite(w).all() for w in saved.values())
+    monkeypatch.undo()
+    assert main(["run", "--config", str(out / "config.toml"), "--out", str(out), "--resume"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--algo", "nosuch"], "unknown algorithm 'nosuch'; known:"),
+        (["--algo", "grpo", "--model", "./nosuch"], "model folder './nosuch' does not exist"),
+        (["--algo", "grpo", "--problems", "nosuch.jsonl"], "nosuch.jsonl"),
+        (["--algo", "grpo", "--template", "nosuch"], "unknown template 'nosuch'"),
+        (["--algo", "grpo", "--reward", "nosuch"], "reward 'nosuch'"),
+        (["--algo", "grpo", "--trackers", "nosuch"], "unknown tracker 'nosuch'"),
+        (["--algo", "grpo", "--sampler.top-p", "0.9"], "cut distribution"),
+        (["--algo", "grpo", "--evaluation.suite", "nosuch"], "unknown suite 'nosuch'"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_a_non_zero_exit(flags, message, tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "rlzoo.cli", "run", "--out", str(tmp_path / "out"), *flags],
+        capture_output=True,
+        text=True,
+        env={**os.environ},
+    )
+    assert done.returncode == 2, done.stderr
+    assert message in done.stderr and len(done.stderr.strip().splitlines()) == 1, done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_existing_folder_is_never_overwritten(tmp_path, capsys):
+    folder = run(tmp_path, "--algo", "grpo")
+    before = json.dumps(folder.metrics())
+    assert main(["run", "--algo", "grpo", "--out", str(folder.path), *SMALL]) == 2
+    assert "is not empty" in capsys.readouterr().err
+    assert json.dumps(folder.metrics()) == before

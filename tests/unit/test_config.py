@@ -1,0 +1,74 @@
+"""Layers of configuration, strictness, and the two-pass command line."""
+
+import pytest
+
+from rlzoo import registry
+from rlzoo.cli import parse_run
+from rlzoo.config import build, read_toml
+from rlzoo.store.toml import dump_toml
+
+
+@pytest.mark.parametrize("name", registry.names("algorithm"))
+def test_choosing_an_algorithm_and_nothing_else_is_the_algorithm(name):
+    config, out, resume = parse_run(["--algo", name])
+    assert config.algorithm == registry.find("algorithm", name)
+    assert out is None and not resume
+
+
+@pytest.mark.parametrize("name", registry.names("algorithm"))
+def test_config_toml_round_trips(name, tmp_path):
+    config, _, _ = parse_run(["--algo", name, "--seed", "3", "--optim.lr", "0.0003"])
+    file = tmp_path / "config.toml"
+    file.write_text(dump_toml(config.to_dict()))
+    again, _, _ = parse_run(["--config", str(file)])
+    assert again == config
+
+
+def test_later_layers_win(tmp_path):
+    file = tmp_path / "c.toml"
+    file.write_text('algo = "treerpo"\nseed = 5\n[credit]\nprune_tau = 0.3\n[optim]\nlr = 0.002\n')
+    config, _, _ = parse_run(["--config", str(file), "--optim.lr", "0.005"])
+    assert (config.algo, config.seed, config.algorithm.credit.prune_tau, config.algorithm.optim.lr) == ("treerpo", 5, 0.3, 0.005)
+    other, _, _ = parse_run(["--config", str(file), "--algo", "grpo", "--credit", "siblings"])
+    assert other.algo == "grpo" and other.algorithm.credit.name == "siblings"
+
+
+def test_parts_cross_by_flag():
+    config, _, _ = parse_run(["--algo", "grpo", "--sampler", "nary", "--sampler.branching", "3"])
+    assert config.algorithm.sampler.name == "nary" and config.algorithm.sampler.branching == 3
+    assert config.algorithm.credit.name == "group"
+    config, _, _ = parse_run(["--algo", "grpo", "--credit", "siblings", "--credit.adv-norm", "none"])
+    assert config.algorithm.sampler.name == "chains" and config.algorithm.credit.adv_norm == "none"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('algo = "nosuch"', r"unknown algorithm 'nosuch'; known: "),
+        ("seed = 1", r"no algorithm chosen; --algo NAME with one of: "),
+        ('algo = "grpo"\nnosuch = 1', r"c.toml: unknown key 'nosuch'; allowed: model, "),
+        ('algo = "grpo"\n[optim]\nnosuch = 1', r"c.toml: unknown key optim.nosuch; allowed: lr, "),
+        ('algo = "grpo"\n[optim]\nlr = "high"', r"c.toml: optim.lr = 'high' is not a number"),
+        ('algo = "grpo"\n[schedule]\nsteps = 1.5', r"c.toml: schedule.steps = 1.5 is not a whole number"),
+        ('algo = "grpo"\n[filter]\ndrop_dead = 1', r"c.toml: filter.drop_dead = 1 is not true or false"),
+        ('algo = "grpo"\noptim = 3', r"c.toml: optim = 3 must be a table of options"),
+        ('algo = "grpo"\n[optim]\nlr = -1.0', r"c.toml: lr is -1.0; it must be"),
+        ('algo = "grpo"\n[credit]\nname = "nosuch"', r"unknown credit 'nosuch'; known: group"),
+        ("algo = ", r"c.toml is not TOML"),
+    ],
+)
+def test_mistakes_in_a_file_are_one_sentence(text, message, tmp_path):
+    file = tmp_path / "c.toml"
+    file.write_text(text)
+    with pytest.raises(ValueError, match=message) as caught:
+        parse_run(["--config", str(file)])
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_files_and_presets_are_named(tmp_path):
+    with pytest.raises(ValueError, match="cannot read config"):
+        read_toml(tmp_path / "none.toml")
+    with pytest.raises(ValueError, match="unknown preset 'nosuch'"):
+        parse_run(["--preset", "nosuch"])
+    with pytest.raises(ValueError, match="no algorithm chosen"):
+        build([])
