@@ -18,7 +18,7 @@ from .config import PLUGGABLE, RunConfig, build, presets, read_preset, read_toml
 USAGE = 2  # exit status of bad input, as argparse's
 FAILED = 1
 INTERRUPTED = 130
-TINY_STEPS = 2000  # what the committed embedded model was built with
+TINY_STEPS = 1400  # what the committed embedded model was built with
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -301,13 +301,13 @@ def demonstration_problems(seed: int) -> Iterator[Problem]:
 
 
 def train_problems(n: int, seed: int) -> list[Problem]:
-    """Problems for reinforcement learning: levels 2 to 5, so longer chains (5) than demonstrated (4), never the held-out combination."""
-    return generate("train", n, seed=seed, levels=(2, 3, 4, 5))
+    """Problems for reinforcement learning: all levels, so longer chains (5) than demonstrated (4), never the held-out combination."""
+    return generate("train", n, seed=seed)
 
 
 def dev_problems(n: int, seed: int) -> list[Problem]:
     """Problems like `train_problems`, from the dev split: for choosing defaults and for evaluation during training."""
-    return generate("dev", n, seed=seed, levels=(2, 3, 4, 5))
+    return generate("dev", n, seed=seed)
 
 
 def _mini(name: str, subject: str, sizes: Sequence[int], rows: int, seed: int) -> list[Problem]:

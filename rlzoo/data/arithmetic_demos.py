@@ -51,8 +51,8 @@ class Mix:
     hasty: float = 0.56
     careful: float = 0.22
     verbose: float = 0.22
-    slip: float = 0.75
-    uniform: float = 0.3
+    slip: float = 0.85
+    uniform: float = 0.5
     preamble: float = 0.3
 
     def __post_init__(self) -> None:

@@ -78,7 +78,7 @@ class Ledger:
         return sum(self._device_seconds.values()) / 3600
 
     def as_dict(self) -> dict[str, Any]:
-        """All of it, ready for JSON and for `from_dict`."""
+        """All of it, ready for JSON and for `resume`."""
         self._charge()
         return {
             "device": self.device,
@@ -104,16 +104,3 @@ class Ledger:
                 raise ValueError(f"the saved ledger has unknown phases: {', '.join(sorted(unknown))}")
             for name, value in saved[key].items():
                 own[name] += float(value)
-
-    @classmethod
-    def from_dict(cls, saved: Mapping[str, Any], *, clock: Callable[[], float] = time.perf_counter) -> Ledger:
-        """A ledger of the same devices that goes on where `as_dict` stopped.
-
-        Raises:
-            ValueError: `saved` is no ledger.
-        """
-        if "devices" not in saved or "device" not in saved:
-            raise ValueError("the saved ledger is incomplete: no devices")
-        ledger = cls(int(saved["devices"]), str(saved["device"]), clock=clock)
-        ledger.resume(saved)
-        return ledger

@@ -16,6 +16,7 @@ from ..backends.select import open_backend
 from ..config import RunConfig
 from ..credit.base import Credit
 from ..data.loading import load_problems
+from ..data.problems import Problem
 from ..data.stream import ProblemStream
 from ..data.templates import render
 from ..report.progress import Progress
@@ -81,7 +82,9 @@ def _open_folder(config: RunConfig, out: Path | None, resume: bool) -> RunFolder
 class Trainer:
     """The state of a run and one method per stage."""
 
-    def __init__(self, config: RunConfig, folder: RunFolder, loaded: LoadedModel, problems: Sequence[Any], dev: Sequence[Any]) -> None:
+    def __init__(
+        self, config: RunConfig, folder: RunFolder, loaded: LoadedModel, problems: Sequence[Problem], dev: Sequence[Problem]
+    ) -> None:
         self.config, self.folder, self.loaded = config, folder, loaded
         self.algorithm = config.algorithm
         self.ledger = _ledger(loaded.device)
@@ -93,7 +96,7 @@ class Trainer:
         self.scheduler = make_scheduler(self.optimizer, self.algorithm.optim, self._updates)
         self.reference = copy.deepcopy(self.model).requires_grad_(False) if "ref_logprobs" in self.algorithm.loss.needs else None
         self.backend = open_backend(config.backend, self.model, loaded.tokenizer, loaded.device)
-        self._check_prompts(problems)
+        longest = self._longest_path(problems)
         self.reward = open_reward(config.reward)
         self.stream = ProblemStream(problems, seed=config.seed)
         self.collector = Collector(
@@ -103,7 +106,7 @@ class Trainer:
         self.trackers = open_trackers(config.trackers, folder.path, config.to_dict())
         self.progress = Progress(max(1, self.algorithm.schedule.steps))
         self.measurer = Measurer(config, self.backend, self.reward, self.ledger, folder, self.progress)
-        self.layout = self._layout()
+        self.layout = self._layout(longest)
         self.token_budget = config.update.token_budget
 
     @property
@@ -111,18 +114,26 @@ class Trainer:
         schedule = self.algorithm.schedule
         return schedule.steps * schedule.mini_batches * schedule.epochs
 
-    def _check_prompts(self, problems: Sequence[Any]) -> None:
-        limit = self.backend.max_context - self.algorithm.sampler.max_response_tokens
+    def _longest_path(self, problems: Sequence[Problem]) -> int:
+        """Tokens of the longest prompt and response together.
+
+        Raises:
+            ValueError: they do not fit the context; names the problem.
+        """
+        response = self.algorithm.sampler.max_response_tokens
+        longest = 0
         for problem in problems:
             length = len(render(self.config.template, problem, self.backend.tokenizer))
-            if length > limit:
+            if length + response > self.backend.max_context:
                 raise ValueError(
-                    f"problem {problem.id!r} has a prompt of {length} tokens; with responses of up to "
-                    f"{self.algorithm.sampler.max_response_tokens} the context of {self.backend.max_context} allows {limit}"
+                    f"problem {problem.id!r} has a prompt of {length} tokens; with responses of up to {response} "
+                    f"the context of {self.backend.max_context} allows {self.backend.max_context - response}"
                 )
+            longest = max(longest, length)
+        return longest + response
 
-    def _layout(self) -> str:
-        reason = exactness(self.model) if self.config.update.layout == "packed" else None
+    def _layout(self, longest_path: int) -> str:
+        reason = exactness(self.model, longest_path) if self.config.update.layout == "packed" else None
         if reason:
             self.progress.note(f"updates use one row per response: packing is not exact here ({reason})")
         return "unrolled" if reason else self.config.update.layout

@@ -64,7 +64,8 @@ def test_resume_goes_on_counting_and_leaves_out_the_pause():
         clock.pass_(3600)
     saved = first.as_dict()
     clock.pass_(9999)
-    again = Ledger.from_dict(saved, clock=clock)
+    again = Ledger(devices=2, device="gpu", clock=clock)
+    again.resume(saved)
     assert again.as_dict() == saved
     more = Ledger(devices=8, device="gpu", clock=clock)
     more.resume(saved)
@@ -81,10 +82,10 @@ def test_refusals():
     with pytest.raises(ValueError, match="unknown phase 'dreaming'; allowed are sampling"), Ledger().phase("dreaming"):
         pass
     with pytest.raises(ValueError, match="incomplete"):
-        Ledger.from_dict({"devices": 1})
+        Ledger().resume({"devices": 1})
     good = Ledger().as_dict()
     with pytest.raises(ValueError, match="unknown phases: naps"):
-        Ledger.from_dict(good | {"seconds": {"naps": 1.0}})
+        Ledger().resume(good | {"seconds": {"naps": 1.0}})
 
 
 def test_another_thread_is_refused():
