@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -58,9 +59,14 @@ def run(config: RunConfig, *, out: Path | None = None, resume: bool = False) -> 
     problems = load_problems(config.problems)
     dev = load_problems(config.evaluation.dev, limit=config.evaluation.dev_problems) if config.evaluation.every else []
     folder = _open_folder(config, out, resume)
-    torch.set_num_threads(config.backend.threads or os.cpu_count() or 1)
-    loaded = load_model(config.model, dtype=config.backend.dtype, device=config.backend.device)
-    trainer = Trainer(config, folder, loaded, problems, dev)
+    try:
+        torch.set_num_threads(config.backend.threads or os.cpu_count() or 1)
+        loaded = load_model(config.model, dtype=config.backend.dtype, device=config.backend.device)
+        trainer = Trainer(config, folder, loaded, problems, dev)
+    except BaseException:
+        if not resume:
+            shutil.rmtree(folder.path)  # nothing has happened in it yet, and it would block the corrected command
+        raise
     try:
         if resume:
             trainer.restore()
