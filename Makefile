@@ -18,7 +18,7 @@ check: $(STAMP)
 	$(BIN)/mypy rlzoo algorithms benchmarks
 
 unit: $(STAMP)
-	$(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(ARGS)
 
 # Editable, and again whenever an algorithm file or the metadata changes: a new entry point is invisible until then.
 $(STAMP): pyproject.toml constraints.txt $(wildcard algorithms/*.py)

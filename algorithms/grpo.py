@@ -22,5 +22,5 @@ algorithm = Algorithm(
     sampler=Chains(group_size=16, max_response_tokens=192),
     credit=Group(),
     optim=Optim(lr=2e-4, warmup_steps=3),
-    schedule=Schedule(steps=45, problems_per_step=32, mini_batches=2),
+    schedule=Schedule(steps=40, problems_per_step=32, mini_batches=2),
 )

@@ -23,5 +23,5 @@ algorithm = Algorithm(
     sampler=Nary(branching=4, segment_tokens=(20, 20, 152)),
     credit=Siblings(),
     optim=Optim(lr=2e-4, warmup_steps=3),
-    schedule=Schedule(steps=45, problems_per_step=24, mini_batches=2),
+    schedule=Schedule(steps=40, problems_per_step=24, mini_batches=2),
 )
