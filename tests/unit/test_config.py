@@ -4,7 +4,7 @@ import pytest
 
 from rlzoo import registry
 from rlzoo.cli import parse_run
-from rlzoo.config import build, read_toml
+from rlzoo.config import build, presets, read_toml
 from rlzoo.store.toml import dump_toml
 
 
@@ -63,6 +63,14 @@ def test_mistakes_in_a_file_are_one_sentence(text, message, tmp_path):
     with pytest.raises(ValueError, match=message) as caught:
         parse_run(["--config", str(file)])
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", presets())
+def test_every_shipped_recipe_is_a_valid_run(name):
+    config, _, _ = parse_run(["--preset", name])
+    assert config.algorithm.sampler.max_response_tokens > 0
+    config, _, _ = parse_run(["--preset", name, "--optim.lr", "0.5"])
+    assert config.algorithm.optim.lr == 0.5
 
 
 def test_missing_files_and_presets_are_named(tmp_path):
