@@ -6,13 +6,15 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import make_dataclass
+from dataclasses import is_dataclass, make_dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
 
 from . import registry
+from .algorithm import options
 from .config import PLUGGABLE, RunConfig, build, presets, read_preset, read_toml
 
 USAGE = 2  # exit status of bad input, as argparse's
@@ -94,8 +96,18 @@ def _parse_flags(base: RunConfig, flags: Sequence[str]) -> dict[str, Any]:
         f"--sampler {'|'.join(registry.names('sampler'))}  --credit {'|'.join(registry.names('credit'))}  "
         f"--loss {'|'.join(registry.names('loss'))}  --out FOLDER  --resume"
     )
-    parsed = tyro.cli(schema, prog="rlzoo run", args=list(flags), default=schema(), description=choices)
+    parsed, unknown = tyro.cli(schema, prog="rlzoo run", args=list(flags), default=schema(), description=choices, return_unknown_args=True)
+    if unknown:
+        raise ValueError(f"unknown option {unknown[0]!r}; {_alike(unknown[0], base)}")
     return {name: getattr(parsed, name) for name, _, _ in fields}
+
+
+def _alike(flag: str, base: RunConfig) -> str:
+    known = []
+    for name, value in base.sections().items():
+        known += [f"--{name}.{o.replace('_', '-')}" for o in options(value)] if is_dataclass(value) else [f"--{name}"]
+    close = get_close_matches(flag, known, n=3, cutoff=0.5)
+    return f"did you mean {' or '.join(close)}? `rlzoo run --help` lists all" if close else "`rlzoo run --help` lists what is allowed"
 
 
 def _is_default_only(value: Any) -> bool:

@@ -55,7 +55,8 @@ def _registry() -> Iterator[tuple[bool, str]]:
         found = registry.names(kind)
         for name in found:
             registry.find(kind, name)
-        yield bool(found), f"{kind}s: {', '.join(found) or 'none registered; reinstall: pip install -e .'}"
+        plural = registry.KINDS[kind].removeprefix("rlzoo.")
+        yield bool(found), f"{plural}: {', '.join(found) or 'none registered; reinstall: pip install -e .'}"
 
 
 def _machine() -> Iterator[tuple[bool, str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -10,6 +11,8 @@ from rich.console import Console
 from ..store.runs import RunFolder
 from ..store.trees import read_trees
 from .treeview import header, list_trees, render_tree
+
+PIPED_WIDTH = 160  # columns where there is no terminal to ask
 
 
 def show_tree(run: Path, *, tree: int | None = None, step: int | None = None, console: Console | None = None) -> None:
@@ -26,7 +29,7 @@ def show_tree(run: Path, *, tree: int | None = None, step: int | None = None, co
         raise ValueError(f"no trees of step {step} in {run}; stored are {steps[0]} to {steps[-1]}")
     chosen = steps[-1] if step is None else step
     stored = read_trees(folder.trees_path(chosen))
-    console = console or Console()
+    console = console or Console(width=None if sys.stdout.isatty() else PIPED_WIDTH)
     if tree is None:
         console.print(f"step {chosen} of {run}; show one with --tree K")
         console.print(list_trees(stored))

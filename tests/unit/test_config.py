@@ -80,3 +80,15 @@ def test_missing_files_and_presets_are_named(tmp_path):
         parse_run(["--preset", "nosuch"])
     with pytest.raises(ValueError, match="no algorithm chosen"):
         build([])
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--optim.learning-rate", "1"], r"unknown option '--optim.learning-rate'; did you mean --optim\.\S+"),
+        (["--zzz", "3"], "unknown option '--zzz'; `rlzoo run --help` lists what is allowed"),
+    ],
+)
+def test_unknown_flags_are_one_sentence(flags, message):
+    with pytest.raises(ValueError, match=message):
+        parse_run(["--algo", "grpo", *flags])

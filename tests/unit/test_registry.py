@@ -38,6 +38,12 @@ def test_every_algorithm_has_a_card_and_fits_together(name, capsys):
     assert algorithm.title in printed and "--optim.lr" in printed
 
 
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_every_algorithm_has_a_page_with_its_card(name):
+    page = (ROOT / "docs" / "algorithms" / f"{name}.md").read_text()
+    assert load(name).card.strip().split("\n", 1)[1].strip() in page
+
+
 @pytest.mark.parametrize("kind", registry.KINDS)
 def test_registered_parts_carry_the_name_they_are_registered_under(kind):
     for name in registry.names(kind):
