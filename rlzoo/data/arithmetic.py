@@ -341,16 +341,6 @@ def mini_suite(*, rows: int = MINI_ROWS, seed: int = MINI_SEED) -> dict[str, lis
     return {name: mini_set(name, rows=rows, seed=seed) for name in _MINI}
 
 
-def normalise(text: str) -> str:
-    """Lower case, single spaces: what fingerprints and overlap checks compare."""
-    return " ".join(text.lower().split())
-
-
-def fingerprint(problems: Sequence[Problem]) -> str:
-    """SHA-256 over the normalised problems, one per line in order: what a test set's TOML pins."""
-    return hashlib.sha256("\n".join(normalise(p.problem) for p in problems).encode()).hexdigest()
-
-
 __all__ = [
     "DEFAULT_MIX",
     "HELD_OUT_SUBJECT",
@@ -362,11 +352,9 @@ __all__ = [
     "demonstrate",
     "demonstration_problems",
     "dev_problems",
-    "fingerprint",
     "generate",
     "mini_set",
     "mini_suite",
-    "normalise",
     "split_of",
     "train_problems",
 ]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import hashlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,3 +19,13 @@ class Problem:
     subject: str | None = None
     solution: str | None = None
     meta: Mapping[str, Any] = field(default_factory=dict)
+
+
+def normalise(text: str) -> str:
+    """Lower case, single spaces: what checksums and overlap checks compare."""
+    return " ".join(text.lower().split())
+
+
+def checksum(problems: Sequence[Problem]) -> str:
+    """SHA-256 of the normalised problems, one per line in order: what a test set's TOML pins."""
+    return hashlib.sha256("\n".join(normalise(p.problem) for p in problems).encode()).hexdigest()

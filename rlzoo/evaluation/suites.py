@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import tomllib
-from collections.abc import Sequence
 from importlib.resources import files
 from typing import Any
 
 from .. import registry
-from ..data.problems import Problem
+from ..data.problems import Problem, checksum
 
 
 def suites() -> list[str]:
@@ -42,12 +40,6 @@ def load_testset(name: str) -> list[Problem]:
     if found != spec["sha256"]:
         raise ValueError(f"test set {name} has checksum {found[:12]}…, expected {spec['sha256'][:12]}…: its problems have changed")
     return problems
-
-
-def checksum(problems: Sequence[Problem]) -> str:
-    """SHA-256 of the normalised problems (lower case, single spaces), one per line in order."""
-    lines = (" ".join(p.problem.lower().split()) for p in problems)
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 def _read(kind: str, name: str) -> dict[str, Any]:

@@ -16,7 +16,7 @@ import pytest
 
 from rlzoo.data import arithmetic as task
 from rlzoo.data.arithmetic_demos import STYLES, Mix, execute, slipped, steps_of
-from rlzoo.data.problems import Problem
+from rlzoo.data.problems import Problem, checksum, normalise
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
@@ -76,13 +76,13 @@ def test_splits_share_no_computation_and_no_wording() -> None:
     for split in task.SPLITS:
         problems = task.generate(split, 3000, seed=11)
         keys[split] = {p.meta["key"] for p in problems}
-        texts[split] = {task.normalise(p.problem) for p in problems}
+        texts[split] = {normalise(p.problem) for p in problems}
         assert all(task.split_of(p.meta["key"]) == split for p in problems)
-    texts["demonstrations"] = {task.normalise(p.problem) for p in islice(task.demonstration_problems(0), 5000)}
+    texts["demonstrations"] = {normalise(p.problem) for p in islice(task.demonstration_problems(0), 5000)}
     for name, problems in task.mini_suite().items():
         keys[name] = {p.meta["key"] for p in problems}
         assert all(task.split_of(k) == "test" for k in keys[name])
-        test_texts = {task.normalise(p.problem) for p in problems}
+        test_texts = {normalise(p.problem) for p in problems}
         for other in ("train", "dev", "demonstrations"):
             assert not test_texts & texts[other], (name, other)
     assert not keys["train"] & keys["dev"] and not keys["train"] & keys["test"] and not keys["dev"] & keys["test"]
@@ -90,11 +90,12 @@ def test_splits_share_no_computation_and_no_wording() -> None:
 
 
 def test_generation_is_a_function_of_its_arguments() -> None:
-    code = "from rlzoo.data.arithmetic import *; print(fingerprint(generate('train', 200, seed=5) + train_problems(50, 1)))"
+    imports = "from rlzoo.data.arithmetic import *; from rlzoo.data.problems import checksum"
+    code = f"{imports}; print(checksum(generate('train', 200, seed=5) + train_problems(50, 1)))"
     other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env={"PYTHONHASHSEED": "77"})
-    here = task.fingerprint(task.generate("train", 200, seed=5) + task.train_problems(50, 1))
+    here = checksum(task.generate("train", 200, seed=5) + task.train_problems(50, 1))
     assert other.stdout.strip() == here
-    assert here != task.fingerprint(task.generate("train", 200, seed=6) + task.train_problems(50, 1))
+    assert here != checksum(task.generate("train", 200, seed=6) + task.train_problems(50, 1))
 
 
 def test_ids_are_unique_within_a_set() -> None:
@@ -223,7 +224,7 @@ def test_test_set_files_pin_what_the_generator_gives() -> None:
         told = tomllib.loads((BENCHMARKS / "testsets" / f"{name}.toml").read_text())
         assert told["name"] == name
         problems = task.mini_set(name, rows=told["rows"], seed=told["seed"])
-        assert task.fingerprint(problems) == told["sha256"]
+        assert checksum(problems) == told["sha256"]
 
 
 def test_the_task_needs_no_torch() -> None:
