@@ -43,8 +43,8 @@ def document(summaries: Sequence[Summary]) -> str:
         "# Base against trained on the embedded task\n",
         f"Suite {evaluation['suite']}, k = {evaluation['k']} samples per problem at temperature 1; intervals are 95 %, over problems; "
         "overall is the plain mean over the sets. Bold: the interval excludes 0. Every seed that was run is here.\n",
-        f"Machine: {machine.get('cpu', 'unknown')}, {first['training']['devices']} {first['training']['device']}(s). "
-        f"Commit {machine.get('commit')}{' (with uncommitted changes)' if machine.get('dirty') else ''}.\n",
+        f"Machine: {machine.get('cpu', 'unknown')}, {machine.get('cores')} cores; wall seconds and core-hours are of training, and depend on "
+        f"what else ran. Commit {machine.get('commit')}{' (with uncommitted changes)' if machine.get('dirty') else ''}.\n",
     ]
     return "\n".join([*told, *_runs(summaries), "", *_sets(summaries), ""])
 
@@ -67,7 +67,7 @@ def _runs(summaries: Sequence[Summary]) -> list[str]:
     for s in summaries:
         base, trained = (_line(s, model) for model in ("base", "trained"))
         gain = _gain(s, OVERALL)
-        cost = f"{s['sampled_tokens']:,} | {s['training']['device_hours']:.3f} | {s['training']['wall_s']:.0f}"
+        cost = f"{s['sampled_tokens']:,} | {s['training']['devices']} | {s['training']['device_hours']:.3f} | {s['training']['wall_s']:.0f}"
         shares = f"{_percent(base['pass_at_1'])} | {_percent(trained['pass_at_1'])} | {_points(gain['pass_at_1'])}"
         greedy = f"{100 * base['greedy']['mean']:.1f} → {100 * trained['greedy']['mean']:.1f}"
         lines.append(f"| {s['algo']} | {s['seed']} | {s['steps']} | {cost} | {shares} | {greedy} | x {gain['length_ratio']:.2f} |")
