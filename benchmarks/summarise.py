@@ -43,8 +43,8 @@ def document(summaries: Sequence[Summary]) -> str:
         "# Base against trained on the embedded task\n",
         f"Suite {evaluation['suite']}, k = {evaluation['k']} samples per problem at temperature 1; intervals are 95 %, over problems; "
         "overall is the plain mean over the sets. Bold: the interval excludes 0. Every seed that was run is here.\n",
-        f"Machine: {machine.get('cpu', 'unknown')}, {machine.get('cores')} cores; wall seconds and core-hours are of training, and depend on "
-        f"what else ran. Commit {machine.get('commit')}{' (with uncommitted changes)' if machine.get('dirty') else ''}.\n",
+        f"Machine: {machine.get('cpu', 'unknown')}, {machine.get('cores')} cores; wall seconds and core-hours are those of training, "
+        f"beside whatever else ran. Commit {machine.get('commit')}{' (with uncommitted changes)' if machine.get('dirty') else ''}.\n",
     ]
     return "\n".join([*told, *_runs(summaries), "", *_sets(summaries), ""])
 
@@ -55,6 +55,7 @@ def _runs(summaries: Sequence[Summary]) -> list[str]:
         "seed",
         "steps",
         "sampled tokens",
+        "threads",
         "core-hours",
         "wall s",
         "base, %",
