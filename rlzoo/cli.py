@@ -20,7 +20,6 @@ from .config import PLUGGABLE, RunConfig, build, presets, read_preset, read_toml
 USAGE = 2  # exit status of bad input, as argparse's
 FAILED = 1
 INTERRUPTED = 130
-TINY_STEPS = 1400  # what the committed embedded model was built with
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -90,7 +89,7 @@ def parse_run(argv: Sequence[str]) -> tuple[RunConfig, Path | None, bool]:
 def _parse_flags(base: RunConfig, flags: Sequence[str]) -> dict[str, Any]:
     sections = base.sections()
     fields = [(name, type(value) if not isinstance(value, tuple) else tuple[str, ...], value) for name, value in sections.items()]
-    schema = make_dataclass("RunFlags", [(n, t, v) for n, t, v in fields if not _is_default_only(v)], frozen=True)
+    schema = make_dataclass("RunFlags", fields, frozen=True)
     choices = (
         f"Before these: --algo {'|'.join(registry.names('algorithm'))}  --config FILE.toml  --preset {'|'.join(presets()) or 'NAME'}  "
         f"--sampler {'|'.join(registry.names('sampler'))}  --credit {'|'.join(registry.names('credit'))}  "
@@ -108,10 +107,6 @@ def _alike(flag: str, base: RunConfig) -> str:
         known += [f"--{name}.{o.replace('_', '-')}" for o in options(value)] if is_dataclass(value) else [f"--{name}"]
     close = get_close_matches(flag, known, n=3, cutoff=0.5)
     return f"did you mean {' or '.join(close)}? `rlzoo run --help` lists all" if close else "`rlzoo run --help` lists what is allowed"
-
-
-def _is_default_only(value: Any) -> bool:
-    return value is None
 
 
 def _run(argv: Sequence[str]) -> int:
@@ -171,11 +166,13 @@ def _tiny(argv: Sequence[str]) -> int:
     if not argv or argv[0] != "build":
         raise ValueError("rlzoo tiny knows one thing: rlzoo tiny build --out FOLDER [--seed N] [--steps N] [--threads N]")
 
-    def tiny_build(out: Path, seed: int = 0, steps: int = TINY_STEPS, threads: int = 2) -> None:
-        """Train the embedded model and its tokenizer on demonstrations of the embedded task, into the new folder --out."""
+    def tiny_build(out: Path, seed: int = 0, steps: int | None = None, threads: int = 2) -> None:
+        """Train the embedded model and its tokenizer on demonstrations of the embedded task, into the new folder --out; without
+        --steps as many as the committed one."""
+        from .data.tiny import STEPS
         from .data.tiny import build as build_tiny
 
-        build_tiny(out, seed=seed, steps=steps, threads=threads)
+        build_tiny(out, seed=seed, steps=steps or STEPS, threads=threads)
 
     tyro.cli(tiny_build, prog="rlzoo tiny build", args=list(argv[1:]))
     return 0
