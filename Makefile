@@ -25,6 +25,7 @@ $(STAMP): pyproject.toml constraints.txt $(wildcard algorithms/*.py)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt "torch==2.13.0"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	rm -rf *.egg-info  # a leftover of the build that would hide later entry points from programs started here
 	touch $(STAMP)
 
 clean:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar, Protocol
 
@@ -24,7 +25,8 @@ class Extend:
 
 
 class Growth(Protocol):
-    """One problem's tree while it grows. The tree is finished when nothing is in flight and the last call asked for nothing.
+    """One problem's tree while it grows; inherit from it. The tree is finished when nothing is in flight and the last call
+    asked for nothing.
 
     The builder already holds the segments in flight, as empty OPEN nodes: node ids and the order of children follow
     submission, never arrival. `grown` is called in order of arrival, so a rule that looks at several nodes at once (a
@@ -36,6 +38,10 @@ class Growth(Protocol):
 
     def grown(self, node: int) -> list[Extend]:
         """`node` is back, its final stop reason recorded in the builder; what to sample next (perhaps nothing yet)."""
+
+    def report(self) -> Mapping[str, float]:
+        """Counts worth logging once the tree is finished; they go to its `meta` as "sampler"."""
+        return {}
 
 
 class Sampler(Protocol):
@@ -64,7 +70,8 @@ class Sampler(Protocol):
     def leaves_per_tree(self) -> int:
         """Leaves of a full tree: the group size G of flat sampling."""
 
-    def plant(self, builder: TreeBuilder, rng: np.random.Generator) -> Growth: ...
+    def plant(self, builder: TreeBuilder, rng: np.random.Generator, progress: float) -> Growth:
+        """A problem's tree, nothing sampled yet; `progress` is the share of the run that is done, for schedules."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,7 @@ import numpy as np
 
 from ..builder import TreeBuilder
 from ..tree import ROOT
-from .base import Extend, SamplerOptions
+from .base import Extend, Growth, SamplerOptions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,12 +44,12 @@ class Chains(SamplerOptions):
     def leaves_per_tree(self) -> int:
         return self.group_size
 
-    def plant(self, builder: TreeBuilder, rng: np.random.Generator) -> _Group:
+    def plant(self, builder: TreeBuilder, rng: np.random.Generator, progress: float) -> _Group:
         return _Group(self)
 
 
 @dataclass(frozen=True, slots=True)
-class _Group:
+class _Group(Growth):
     options: Chains
 
     def start(self) -> list[Extend]:

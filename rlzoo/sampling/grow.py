@@ -43,9 +43,11 @@ def grow(
     *,
     seed: int,
     step: int = 0,
+    progress: float = 0.0,
     on_tree: Callable[[int, Tree], None] | None = None,
 ) -> list[Tree]:
-    """Sample one tree per prompt; trees in the order of `prompts`, `meta` holds the prompt's id as "problem".
+    """Sample one tree per prompt; trees in the order of `prompts`, `meta` holds the prompt's id as "problem" and the sampler's
+    report as "sampler". `progress` is the share of the run that is done, for a sampler's schedules.
 
     `on_tree(index, tree)` is called as soon as a tree is finished, while others are still being sampled.
 
@@ -53,24 +55,28 @@ def grow(
         ValueError: see `grow_iter`.
     """
     trees: dict[int, Tree] = {}
-    for index, tree in grow_iter(sampler, backend, prompts, seed=seed, step=step):
+    for index, tree in grow_iter(sampler, backend, prompts, seed=seed, step=step, progress=progress):
         trees[index] = tree
         if on_tree is not None:
             on_tree(index, tree)
     return [trees[i] for i in range(len(prompts))]
 
 
-def grow_iter(sampler: Sampler, backend: Backend, prompts: Sequence[Prompt], *, seed: int, step: int = 0) -> Iterator[tuple[int, Tree]]:
+def grow_iter(
+    sampler: Sampler, backend: Backend, prompts: Sequence[Prompt], *, seed: int, step: int = 0, progress: float = 0.0
+) -> Iterator[tuple[int, Tree]]:
     """As `grow`, but yields (index, tree) in the order in which trees finish. Closing the iterator abandons the rest.
 
     Raises:
         ValueError: a prompt is empty, given twice, or too long for the backend's context.
     """
     _check(sampler, backend, prompts)
-    return _loop(sampler, backend, prompts, seed, step)
+    return _loop(sampler, backend, prompts, seed, step, progress)
 
 
-def _loop(sampler: Sampler, backend: Backend, prompts: Sequence[Prompt], seed: int, step: int) -> Iterator[tuple[int, Tree]]:
+def _loop(
+    sampler: Sampler, backend: Backend, prompts: Sequence[Prompt], seed: int, step: int, progress: float
+) -> Iterator[tuple[int, Tree]]:
     waiting = iter(enumerate(prompts))
     room = backend.capacity + backend.capacity // 4  # a few more than run at once, so that refill never waits for this loop
     growing: set[_Growing] = set()
@@ -83,7 +89,7 @@ def _loop(sampler: Sampler, backend: Backend, prompts: Sequence[Prompt], seed: i
                 if entry is None:
                     exhausted = True
                     break
-                tree = _Growing(sampler, backend, *entry, seed=seed, step=step)
+                tree = _Growing(sampler, backend, *entry, seed=seed, step=step, progress=progress)
                 growing.add(tree)
                 for request in tree.start():
                     owner[request] = tree
@@ -126,6 +132,7 @@ class _Growing:
     prompt: Prompt
     seed: int
     step: int
+    progress: float
     builder: TreeBuilder = field(init=False)
     growth: Growth = field(init=False)
     in_flight: dict[int, int] = field(default_factory=dict)  # request -> its (still empty) node
@@ -137,7 +144,7 @@ class _Growing:
     def __post_init__(self) -> None:
         self.builder = TreeBuilder(self.prompt.ids)
         rng = np.random.default_rng(growth_seed(self.seed, self.step, self.prompt.id))
-        self.growth = self.sampler.plant(self.builder, rng)
+        self.growth = self.sampler.plant(self.builder, rng, self.progress)
         root = next_request_id()
         self._request[ROOT], self._path[ROOT] = root, ()
         self._unreleased.add(root)
@@ -154,9 +161,8 @@ class _Growing:
         """Record a finished segment; returns the requests made next."""
         node = self.in_flight.pop(result.id)
         tokens = result.tokens.tolist()
-        path = self.builder.path(node)
-        response = [t for n in path for t in self.builder.tokens(n)] + tokens
-        stop = self._stop(tokens, response, result.stop == Stop.EOS, len(path))
+        response = [t for n in self.builder.path(node) for t in self.builder.tokens(n)] + tokens
+        stop = self._stop(tokens, response, result.stop == Stop.EOS, len(self._path[node]))
         self.builder.fill(node, tokens, result.logprobs.tolist(), stop)
         requests = self._submit(self.growth.grown(node))
         if not self.sampler.revisits:
@@ -165,7 +171,8 @@ class _Growing:
 
     def finish(self) -> Tree:
         self.release_all()
-        return self.builder.freeze(meta={"problem": self.prompt.id}, level_order=True)
+        meta = {"problem": self.prompt.id, "sampler": dict(self.growth.report())}
+        return self.builder.freeze(meta=meta, level_order=True)
 
     def release_all(self) -> None:
         self.backend.release(self._unreleased)
@@ -200,13 +207,13 @@ class _Growing:
         context: Int32 = np.asarray(self.builder.context(node), np.int32)
         position = len(context) - len(self.prompt.ids)
         limit = min(extend.max_tokens, self.sampler.max_response_tokens - position)
-        depth = len(self.builder.path(node)) + 1
+        origin, above = self._origin(node)
+        depth = len(above) + 1  # sampled segments: the parts of one that was cut count once
         if stop != Stop.OPEN or limit < 1 or depth > self.sampler.max_depth or node in self.in_flight.values():
             raise ValueError(
                 f"problem {self.prompt.id!r}: sampler {self.sampler.name} extends node {node} (stop {stop.name}, {position} response "
                 f"tokens, depth {depth - 1}), which is in flight, ended, or at the limit of length or depth"
             )
-        origin, above = self._origin(node)
         requests = []
         for _ in range(extend.count):
             ordinal = self._forks.get((above, position), 0)

@@ -9,7 +9,7 @@ import numpy as np
 
 from ..builder import TreeBuilder
 from ..tree import ROOT, Stop
-from .base import Extend, SamplerOptions
+from .base import Extend, Growth, SamplerOptions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,12 +66,12 @@ class Nary(SamplerOptions):
     def leaves_per_tree(self) -> int:
         return int(self.branching**self.max_depth)
 
-    def plant(self, builder: TreeBuilder, rng: np.random.Generator) -> _Expansion:
+    def plant(self, builder: TreeBuilder, rng: np.random.Generator, progress: float) -> _Expansion:
         return _Expansion(self, builder)
 
 
 @dataclass(frozen=True, slots=True)
-class _Expansion:
+class _Expansion(Growth):
     options: Nary
     builder: TreeBuilder
 

@@ -74,7 +74,8 @@ class Collector:
         prompts = [Prompt(key, render(self._template, problem, self._backend.tokenizer)) for key, problem in taken]
         waiting = []
         with self._ledger.phase("sampling"):
-            for index, tree in grow_iter(self._algorithm.sampler, self._backend, prompts, seed=self._seed, step=step):
+            progress = step / max(1, self._algorithm.schedule.steps)
+            for index, tree in grow_iter(self._algorithm.sampler, self._backend, prompts, seed=self._seed, step=step, progress=progress):
                 texts = decode_leaves(tree, self._backend.tokenizer)
                 waiting.append((index, tree, texts, self._reward.submit([(taken[index][1], text) for text in texts])))
         with self._ledger.phase("grading"):
@@ -101,12 +102,15 @@ def shape(tree: Tree, problem: Problem, texts: Sequence[str], grades: Sequence[G
 
 
 def describe(batch: Batch) -> dict[str, float]:
-    """Metrics of everything sampled in a step, kept or not; shares are over leaves unless named otherwise."""
+    """Metrics of everything sampled in a step, kept or not; shares are over leaves unless named otherwise; sampler/... are sums."""
     trees = [g.tree for g in batch.all]
     reward = np.concatenate([t.reward for t in trees])
     lengths = np.concatenate([t.response_lengths() for t in trees])
     stops = np.concatenate([t.stop[t.leaves] for t in trees])
     kinds = Counter(kind for g in batch.all for kind in g.kinds)
+    counts: Counter[str] = Counter()
+    for tree in trees:
+        counts.update(tree.meta.get("sampler", {}))
     cut = (int(Stop.LENGTH), int(Stop.DEPTH), int(Stop.REPETITION))
     return {
         "reward": float(np.nanmean(reward)) if not np.isnan(reward).all() else float("nan"),
@@ -119,6 +123,7 @@ def describe(batch: Batch) -> dict[str, float]:
         "sampled_tokens": sum(t.sampled_tokens for t in trees),
         "unrolled_tokens": sum(t.unrolled_tokens for t in trees),
         **{f"verdict/{kind}": kinds[kind] for kind in sorted(kinds)},
+        **{f"sampler/{name}": count for name, count in sorted(counts.items())},
     }
 
 

@@ -11,7 +11,7 @@ import pytest
 from rlzoo.backends.drawing import uniforms
 from rlzoo.backends.scripted import ScriptedBackend, respond
 from rlzoo.builder import TreeBuilder
-from rlzoo.sampling.base import Extend, SamplerOptions
+from rlzoo.sampling.base import Extend, Growth, SamplerOptions
 from rlzoo.sampling.chains import Chains
 from rlzoo.sampling.grow import Prompt, grow, grow_iter
 from rlzoo.sampling.nary import Nary
@@ -246,11 +246,11 @@ class Cutting(SamplerOptions):
     leaves_per_tree: int = 5
     wrong: bool = False
 
-    def plant(self, builder: TreeBuilder, rng: np.random.Generator) -> Any:
+    def plant(self, builder: TreeBuilder, rng: np.random.Generator, progress: float) -> Any:
         return CuttingGrowth(self, builder, rng)
 
 
-class CuttingGrowth:
+class CuttingGrowth(Growth):
     def __init__(self, options: Cutting, builder: TreeBuilder, rng: np.random.Generator) -> None:
         self.options, self.builder, self.back, self.draw = options, builder, [], rng.integers(1 << 30)
 
