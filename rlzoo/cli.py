@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import redirect_stderr
 from dataclasses import is_dataclass, make_dataclass
 from difflib import get_close_matches
+from itertools import takewhile
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,7 +19,8 @@ import tyro
 
 from . import registry
 from .algorithm import options
-from .config import PLUGGABLE, RunConfig, build, presets, read_preset, read_toml
+from .config import PLUGGABLE, RunConfig, build, chosen_names, presets, read_preset, read_toml
+from .store.runs import RunFolder
 
 USAGE = 2  # exit status of bad input, as argparse's
 FAILED = 1
@@ -38,12 +43,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _complain(f"unknown verb {verb!r}; known: {', '.join(VERBS)}", USAGE)
     try:
         return VERBS[verb](rest) or 0
-    except KeyboardInterrupt:
-        return _complain("interrupted", INTERRUPTED)
+    except KeyboardInterrupt as error:
+        return _complain(str(error) or "interrupted", INTERRUPTED)
     except (ValueError, OSError) as error:
-        return _complain(str(error), USAGE)
+        return _complain(one_line(error), USAGE)
     except RuntimeError as error:
-        return _complain(str(error), FAILED)
+        return _complain(one_line(error), FAILED)
 
 
 def _complain(message: str, status: int) -> int:
@@ -53,6 +58,12 @@ def _complain(message: str, status: int) -> int:
         traceback.print_exc()
     print(f"rlzoo: {message}", file=sys.stderr)
     return status
+
+
+def one_line(error: BaseException) -> str:
+    """What an error says, in one line; of an OSError the file and what is wrong with it."""
+    said = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename and error.strerror else str(error)
+    return " ".join(said.split()) or type(error).__name__
 
 
 def _overview() -> str:
@@ -66,14 +77,22 @@ def parse_run(argv: Sequence[str]) -> tuple[RunConfig, Path | None, bool]:
 
     Raises:
         ValueError: bad file, name or value.
-        SystemExit: tyro's own report on unknown flags, or --help.
+        SystemExit: --help.
     """
-    first = argparse.ArgumentParser(prog="rlzoo run", add_help=False, allow_abbrev=False)
+    first = argparse.ArgumentParser(prog="rlzoo run", add_help=False, allow_abbrev=False, exit_on_error=False)
     for name in ("config", "preset", "algo", *PLUGGABLE, "out"):
         first.add_argument(f"--{name}")
     first.add_argument("--resume", action="store_true")
-    chosen, flags = first.parse_known_args(argv)
+    try:
+        chosen, flags = first.parse_known_args(argv)
+    except argparse.ArgumentError as error:
+        raise ValueError(str(error)) from error
     layers: list[tuple[str, dict[str, Any]]] = []
+    if chosen.resume:
+        if not chosen.out:
+            raise ValueError("--resume needs --out FOLDER, the run to go on with")
+        kept = RunFolder.open(chosen.out)
+        layers.append((str(kept.path / "config.toml"), kept.config()))
     if chosen.preset:
         layers.append((f"preset {chosen.preset}", read_preset(chosen.preset)))
     if chosen.config:
@@ -81,6 +100,8 @@ def parse_run(argv: Sequence[str]) -> tuple[RunConfig, Path | None, bool]:
     choice = {name: value for name in ("algo", *PLUGGABLE) if (value := getattr(chosen, name))}
     if not choice.get("algo") and not layers and ("-h" in flags or "--help" in flags):
         choice["algo"] = registry.names("algorithm")[0]
+    if chosen.resume:  # before the options, which are those of the parts
+        kept.refuse_change(chosen_names(layers[:1]), chosen_names(layers) | choice)
     base = build(layers, choice)
     config = base.with_sections(_parse_flags(base, flags))
     return config, Path(chosen.out) if chosen.out else None, chosen.resume
@@ -95,10 +116,36 @@ def _parse_flags(base: RunConfig, flags: Sequence[str]) -> dict[str, Any]:
         f"--sampler {'|'.join(registry.names('sampler'))}  --credit {'|'.join(registry.names('credit'))}  "
         f"--loss {'|'.join(registry.names('loss'))}  --out FOLDER  --resume"
     )
-    parsed, unknown = tyro.cli(schema, prog="rlzoo run", args=list(flags), default=schema(), description=choices, return_unknown_args=True)
+    parsed, unknown = _parse(schema, "rlzoo run", flags, default=schema(), description=choices, return_unknown_args=True)
     if unknown:
         raise ValueError(f"unknown option {unknown[0]!r}; {_alike(unknown[0], base)}")
     return {name: getattr(parsed, name) for name, _, _ in fields}
+
+
+def _parse(target: Any, prog: str, argv: Sequence[str], **options: Any) -> Any:
+    """tyro's parser, with the box of text that it prints about a mistake made into one sentence. A function as `target` must
+    not do its work but return it: until it returns, what is written to stderr is taken for such a box.
+
+    Raises:
+        ValueError: a flag's value is missing, of the wrong type or out of range.
+        SystemExit: --help.
+    """
+    box = io.StringIO()
+    try:
+        with redirect_stderr(box):
+            return tyro.cli(target, prog=prog, args=list(argv), **options)
+    except SystemExit as error:
+        if not error.code:
+            raise
+    lines = [line.strip("│ ") for line in box.getvalue().splitlines()[1:]]
+    said = " ".join(lines[: next((i for i, line in enumerate(lines) if line.startswith(("─", "╰"))), None)])
+    if found := re.match(r"Error parsing (--\S+):", said):  # the reason is Python's; better: what stands there, and what should
+        flag = found[1]
+        expected = next((line.removeprefix(flag).strip() for line in lines if line.startswith(f"{flag} ")), "another value")
+        words = " ".join(argv).replace(f"{flag}=", f"{flag} ").rpartition(f"{flag} ")[2].split()
+        given = " ".join([flag, *takewhile(lambda word: not word.startswith("--"), words)])
+        raise ValueError(f"{given} is not allowed; expected {expected}")
+    raise ValueError(re.sub(r"^Error parsing [\w.]+: ", "", said))
 
 
 def _alike(flag: str, base: RunConfig) -> str:
@@ -126,39 +173,39 @@ def _show(argv: Sequence[str]) -> int:
         /,
         tree: int | None = None,
         step: int | None = None,
-    ) -> None:
+    ) -> Callable[[], None]:
         """Print tree number --tree of a step (the last stored one unless given); without --tree, the list of its trees."""
         from .report.show import show_tree
 
-        show_tree(run, tree=tree, step=step)
+        return lambda: show_tree(run, tree=tree, step=step)
 
-    tyro.cli(show, prog="rlzoo show", args=list(argv))
+    _parse(show, "rlzoo show", argv)()
     return 0
 
 
 def _algos(argv: Sequence[str]) -> int:
     """List the algorithms, or print one's card and defaults: rlzoo algos [NAME]."""
 
-    def algos(name: Annotated[str, tyro.conf.Positional] = "", /) -> None:
+    def algos(name: Annotated[str, tyro.conf.Positional] = "", /) -> Callable[[], None]:
         """List the algorithms, or print the card and the defaults of one."""
         from .report.cards import print_algorithms, print_card
 
-        print_card(name) if name else print_algorithms()
+        return lambda: print_card(name) if name else print_algorithms()
 
-    tyro.cli(algos, prog="rlzoo algos", args=list(argv))
+    _parse(algos, "rlzoo algos", argv)()
     return 0
 
 
 def _doctor(argv: Sequence[str]) -> int:
     """Check this machine and installation, with what to do about each finding."""
 
-    def doctor() -> int:
+    def doctor() -> Callable[[], int]:
         """Check this machine and installation."""
         from .report.doctor import examine
 
-        return examine()
+        return examine
 
-    return tyro.cli(doctor, prog="rlzoo doctor", args=list(argv))
+    return int(_parse(doctor, "rlzoo doctor", argv)())
 
 
 def _tiny(argv: Sequence[str]) -> int:
@@ -166,15 +213,15 @@ def _tiny(argv: Sequence[str]) -> int:
     if not argv or argv[0] != "build":
         raise ValueError("rlzoo tiny knows one thing: rlzoo tiny build --out FOLDER [--seed N] [--steps N] [--threads N]")
 
-    def tiny_build(out: Path, seed: int = 0, steps: int | None = None, threads: int = 2) -> None:
+    def tiny_build(out: Path, seed: int = 0, steps: int | None = None, threads: int = 2) -> Callable[[], Path]:
         """Train the embedded model and its tokenizer on demonstrations of the embedded task, into the new folder --out; without
         --steps as many as the committed one."""
         from .data.tiny import STEPS
         from .data.tiny import build as build_tiny
 
-        build_tiny(out, seed=seed, steps=steps or STEPS, threads=threads)
+        return lambda: build_tiny(out, seed=seed, steps=STEPS if steps is None else steps, threads=threads)
 
-    tyro.cli(tiny_build, prog="rlzoo tiny build", args=list(argv[1:]))
+    _parse(tiny_build, "rlzoo tiny build", argv[1:])()
     return 0
 
 

@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal, get_type_hints
+from types import NoneType
+from typing import Any, Literal, get_args, get_type_hints
 
 import cattrs
 
@@ -16,6 +17,7 @@ from . import registry
 from .algorithm import PARTS, Algorithm
 
 PLUGGABLE = ("sampler", "credit", "loss")  # parts that can be exchanged for another by name
+NONE = "none"  # how a file says that an optional option has no value: TOML has no word for it
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,9 @@ class BackendOptions:
     max_context: int = 0
     """Longest prompt + response in tokens; 0 takes the model's own limit."""
 
+    def __post_init__(self) -> None:
+        _at_least("backend", self, capacity=1, threads=0, max_context=0)
+
 
 @dataclass(frozen=True)
 class UpdateOptions:
@@ -46,6 +51,9 @@ class UpdateOptions:
     """packed computes shared prefixes once per row; unrolled gives every response its own row."""
     autocast: bool = False
     """bfloat16 autocast in the update."""
+
+    def __post_init__(self) -> None:
+        _at_least("update", self, token_budget=1)
 
 
 @dataclass(frozen=True)
@@ -67,6 +75,9 @@ class EvaluationOptions:
     max_response_tokens: int = 256
     """Longest response when measuring, the same for every algorithm."""
 
+    def __post_init__(self) -> None:
+        _at_least("evaluation", self, k=1, dev_problems=1, dev_k=1, every=0, max_response_tokens=1)
+
 
 @dataclass(frozen=True)
 class CheckpointOptions:
@@ -74,6 +85,15 @@ class CheckpointOptions:
     """Steps between checkpoints; 0 only the best and the last."""
     last: int = 2
     """How many of the newest to keep beside the best."""
+
+    def __post_init__(self) -> None:
+        _at_least("checkpoints", self, every=0, last=1)
+
+
+def _at_least(section: str, options: Any, **least: int) -> None:
+    for name, bound in least.items():
+        if (value := getattr(options, name)) < bound:
+            raise ValueError(f"{section}.{name} is {value}; it must be at least {bound}")
 
 
 @dataclass(frozen=True)
@@ -86,6 +106,9 @@ class RunConfig:
     """The embedded model, a local folder, or a hub id."""
     problems: str = "arithmetic:train"
     """The embedded task, a JSONL or Parquet file, or a hub data set."""
+    max_prompt_tokens: int = 0
+    """Training and dev problems with longer prompts are left out, with a line that says how many; 0 leaves none out, and one whose
+    prompt does not fit the model's context refuses the run."""
     template: str = "plain"
     """Prompt template: plain, qwen-boxed, chat, or package.module:function."""
     reward: str = "math"
@@ -97,6 +120,11 @@ class RunConfig:
     update: UpdateOptions = field(default_factory=UpdateOptions)
     evaluation: EvaluationOptions = field(default_factory=EvaluationOptions)
     checkpoints: CheckpointOptions = field(default_factory=CheckpointOptions)
+
+    def __post_init__(self) -> None:
+        for name in ("seed", "max_prompt_tokens"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 0")
 
     def sections(self) -> dict[str, Any]:
         """Every option by section, the algorithm's parts beside the others: what flags and TOML see."""
@@ -127,7 +155,7 @@ def build(layers: Sequence[tuple[str, Mapping[str, Any]]], choice: Mapping[str, 
     Raises:
         ValueError: unknown section or key, a value of the wrong type or out of range, or parts that do not fit.
     """
-    named = _chosen(layers) | dict(choice or {})
+    named = chosen_names(layers) | dict(choice or {})
     if "algo" not in named:
         raise ValueError(f"no algorithm chosen; --algo NAME with one of: {', '.join(registry.names('algorithm'))}")
     algorithm: Algorithm = registry.find("algorithm", named["algo"])
@@ -174,7 +202,8 @@ def read_preset(name: str) -> dict[str, Any]:
     return tomllib.loads(files("rlzoo.benchmarks").joinpath("recipes", f"{name}.toml").read_text())
 
 
-def _chosen(layers: Sequence[tuple[str, Mapping[str, Any]]]) -> dict[str, str]:
+def chosen_names(layers: Sequence[tuple[str, Mapping[str, Any]]]) -> dict[str, str]:
+    """Names of the algorithm and its exchangeable parts that the layers choose, later ones winning."""
     chosen: dict[str, str] = {}
     for _, tables in layers:
         if "algo" in tables:
@@ -188,7 +217,7 @@ def _chosen(layers: Sequence[tuple[str, Mapping[str, Any]]]) -> dict[str, str]:
 def _plain(value: Any) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value) if f.init}
-    return value
+    return NONE if value is None else value
 
 
 def _merge(values: Mapping[str, Any], key: str, value: Any, origin: str, owner: type) -> Any:
@@ -226,6 +255,8 @@ def _overlay(old: Any, value: Any, origin: str, path: str) -> Any:
 
 def _convert(value: Any, kind: Any, where: str) -> Any:
     """`value` as `kind`, strictly: no text for numbers, no fractions for integers."""
+    if value == NONE and NoneType in get_args(kind):
+        return None
     numeric = isinstance(value, int | float) and not isinstance(value, bool)
     loose = (kind is int and not (numeric and float(value).is_integer())) or (kind is float and not numeric)
     loose = loose or (kind is bool and not isinstance(value, bool)) or (kind is str and not isinstance(value, str))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -89,6 +90,22 @@ class FinalTable:
             "device": self.device,
             "notes": list(self.notes),
         }
+
+    @classmethod
+    def from_dict(cls, plain: Mapping[str, Any]) -> FinalTable:
+        """The table that `as_dict` wrote, out of JSON (where NaN is null)."""
+        lines = []
+        for row in plain["lines"]:
+            cost = Cost(row["sampled_tokens"], row["device_hours"]) if "device_hours" in row else None
+            lines.append(Line(**{n: _read(n, row[n]) for n in Line.__slots__ if n != "cost"}, cost=cost))
+        gains = [Gain(**{n: _read(n, row[n]) for n in Gain.__slots__}) for row in plain["gains"]]
+        return cls(lines, gains, plain["device"], plain["notes"])
+
+
+def _read(name: str, value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return Estimate(**{k: math.nan if v is None and k in ("mean", "low", "high") else v for k, v in value.items()})
+    return math.nan if value is None and name in ("length", "truncated", "length_ratio") else value
 
 
 def final_table(base: Results, trained: Results, cost: Cost, *, device: str = "device", notes: Sequence[str] = ()) -> FinalTable:

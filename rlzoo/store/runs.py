@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from .environment import environment
+from .files import LOCK, PARTIAL, remove_partials, write_aside
 from .toml import dump_toml
 
 __all__ = ["RunFolder", "dump_toml", "environment", "read_rows", "to_json", "write_aside"]
@@ -38,17 +39,31 @@ class RunFolder:
             ValueError: the folder holds something already, or cannot be made or written.
         """
         folder = Path(path)
+        cls.refuse_taken(folder)
         try:
-            if folder.is_dir() and any(folder.iterdir()):
-                raise ValueError(f"{folder} is not empty; a run never overwrites another: choose another --out, or remove it")
-            for part in (folder, folder / "trees", folder / "eval", folder / "checkpoints"):
-                part.mkdir(parents=True, exist_ok=True)
+            folder.mkdir(parents=True, exist_ok=True)
             run = cls(folder)
             if config is not None:
-                run.write_config(config)
+                run.write_config(config)  # first of all: with it a run can be resumed, without it the folder is still free
+            for part in ("trees", "eval", "checkpoints"):
+                (folder / part).mkdir(exist_ok=True)
         except OSError as error:
             raise ValueError(f"cannot write the run folder {folder}: {error.strerror or error}") from error
         return run
+
+    @staticmethod
+    def refuse_taken(folder: Path) -> None:
+        """For a new run's start: nothing may be in `folder` but what a start that died at once left.
+
+        Raises:
+            ValueError: there is something, or the folder cannot be read.
+        """
+        try:
+            taken = folder.is_dir() and any(p.name != LOCK and not p.name.startswith(PARTIAL) for p in folder.iterdir())
+        except OSError as error:
+            raise ValueError(f"cannot read the run folder {folder}: {error.strerror or error}") from error
+        if taken:
+            raise ValueError(f"{folder} is not empty; a run never overwrites another: choose another --out, or remove it")
 
     @classmethod
     def open(cls, path: str | Path) -> RunFolder:
@@ -91,10 +106,23 @@ class RunFolder:
         except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
             raise ValueError(f"cannot read the config of {self.path}: {error}") from error
 
+    def refuse_change(self, kept: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
+        """For a resumed run, whose config is `kept`, what is `asked` for this time (all of it, or some keys) must be the same.
+
+        Raises:
+            ValueError: it is not; names the first key that differs.
+        """
+        found = _first_difference(kept, asked)
+        if found is not None:
+            key, old, new = found
+            raise ValueError(f"{self.path} was started with {key} = {old!r}, not {new!r}; --resume goes on with a run as it was started")
+
     def log(self, row: Mapping[str, Any]) -> None:
-        """Append one row to `metrics.jsonl`; it is on its way to disk when this returns."""
+        """Append one row to `metrics.jsonl`; it is on disk when this returns."""
         with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
             file.write(to_json(row) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
 
     def metrics(self) -> list[Row]:
         """All rows of `metrics.jsonl`; a last line cut off by a kill is left out.
@@ -104,12 +132,18 @@ class RunFolder:
         """
         return read_rows(self.path / "metrics.jsonl")
 
-    def rewind(self, step: int) -> None:
-        """Forget rows and trees after `step`, as a run resumed from that step's checkpoint makes them anew."""
-        kept = [row for row in self.metrics() if row.get("step", 0) <= step]
+    def rewind(self, step: int | None) -> None:
+        """Forget rows and trees after `step`, as a run resumed from that step's checkpoint makes them anew; all of them for None.
+        What an interrupted write left half-done is removed.
+
+        Raises:
+            ValueError: a broken line in `metrics.jsonl`.
+        """
+        remove_partials(self.path)
+        kept = [] if step is None else [row for row in self.metrics() if row.get("step", 0) <= step]
         write_aside(self.path / "metrics.jsonl", "".join(to_json(row) + "\n" for row in kept))
         for later in self.tree_steps():
-            if later > step:
+            if step is None or later > step:
                 self.trees_path(later).unlink()
 
     def trees_path(self, step: int) -> Path:
@@ -123,9 +157,10 @@ class RunFolder:
 
     @contextmanager
     def eval_sink(self, name: str) -> Iterator[Callable[[Mapping[str, Any]], None]]:
-        """A function that appends one row to `eval/NAME.jsonl`, each flushed, for `rlzoo.evaluation.runner.evaluate`."""
+        """A function that writes one row to `eval/NAME.jsonl`, each flushed, for `rlzoo.evaluation.runner.evaluate`. Rows of an
+        earlier evaluation, as one that died left them, are replaced."""
         self.eval_path(name).parent.mkdir(parents=True, exist_ok=True)
-        with self.eval_path(name).open("a", encoding="utf-8") as file:
+        with self.eval_path(name).open("w", encoding="utf-8") as file:
 
             def sink(row: Mapping[str, Any]) -> None:
                 file.write(to_json(row) + "\n")
@@ -175,14 +210,15 @@ def read_rows(path: Path) -> list[Row]:
     return rows
 
 
-def write_aside(path: Path, text: str) -> None:
-    """Write beside the file and rename, so that a reader or a kill never meets half of it."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    with aside.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(path)
+def _first_difference(kept: Mapping[str, Any], asked: Mapping[str, Any], above: str = "") -> tuple[str, Any, Any] | None:
+    for key, new in asked.items():
+        old = kept.get(key)
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            if (found := _first_difference(old, new, f"{above}{key}.")) is not None:
+                return found
+        elif old != new:
+            return f"{above}{key}", old, new
+    return None
 
 
 def to_json(value: Any, indent: int | None = None) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
+import shutil
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -33,9 +34,12 @@ class Trackers:
             self._trackers.pop().finish()
 
 
-def open_trackers(names: Sequence[str], folder: str | Path, config: Mapping[str, Any]) -> Trackers:
+def open_trackers(names: Sequence[str], folder: str | Path, config: Mapping[str, Any], *, after: int | None = None) -> Trackers:
     """Open trackers by name, with the config stored in each. TensorBoard's events go to `folder`/tensorboard; the others name the
     run after the folder. "none" or no name: nothing is opened, nothing imported.
+
+    after: the step that a resumed run goes on from; TensorBoard forgets what an earlier process sent for later ones. None for a
+    run from its start, which forgets everything. (The other trackers get a resumed run as another one of the same name.)
 
     Raises:
         ValueError: unknown name, "none" beside another, or a tracker whose package is not installed.
@@ -51,13 +55,16 @@ def open_trackers(names: Sequence[str], folder: str | Path, config: Mapping[str,
     for name in wanted:
         kind = LOGGER_TYPE_TO_CLASS[name]
         if name == "tensorboard":
-            tracker = kind("tensorboard", logging_dir=str(folder))
+            if after is None:
+                shutil.rmtree(folder / "tensorboard", ignore_errors=True)
+            tracker = kind("tensorboard", logging_dir=str(folder), purge_step=None if after is None else after + 1)
         elif name == "mlflow":
             tracker = kind(experiment_name=PROJECT, run_name=run)
         else:
             tracker = kind(PROJECT, name=run)
         tracker.start()
-        _store_config(name, tracker, config)
+        if name != "tensorboard" or after is None:  # TensorBoard has it in the events of the run's first process
+            _store_config(name, tracker, config)
         made.append(tracker)
     return Trackers(made)
 

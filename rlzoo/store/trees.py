@@ -12,6 +12,7 @@ import numpy as np
 
 from ..credit.base import Credit
 from ..tree import Tree
+from .files import aside
 
 TREE_COLUMNS: dict[str, Any] = {
     "parent": np.int32,
@@ -84,10 +85,8 @@ def write_trees(
     columns = _columns(trees, given_credits, given_records)
     schema = _schema()
     table = pyarrow.Table.from_arrays([columns[name] for name in schema.names], schema=schema)
-    target = Path(path)
-    aside = target.with_name(f".{target.name}.aside")
-    pyarrow.parquet.write_table(table, aside, compression="zstd")
-    aside.replace(target)
+    with aside(Path(path)) as partial:
+        pyarrow.parquet.write_table(table, partial, compression="zstd")
 
 
 def read_trees(path: str | Path) -> list[StoredTree]:

@@ -1,13 +1,16 @@
-"""Checkpoints: model as `save_pretrained`, optimizer and RNG as safetensors, the rest as JSON. Nothing is ever unpickled.
+"""Checkpoints: model as `save_pretrained`, optimizer as safetensors, the rest as JSON. Nothing is ever unpickled.
 
-A checkpoint is written beside its place and renamed, so that a folder named step-N is always whole.
+A checkpoint is written beside its place and renamed, so that a death never leaves half of one; and it knows the SHA-256 of its
+files, so that one that was damaged later is found out before anything of it is used.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,76 +18,116 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-PARTIAL = ".partial-"
+from ..store.files import aside
+
+STATE = "state.json"
+
+
+class BrokenError(ValueError):
+    """A checkpoint that is not whole."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Saved:
+    """A checkpoint in memory, checked. `weights`: the model's state dict; `state`: what was given to `save`, and the `step`."""
+
+    step: int
+    state: dict[str, Any]
+    weights: Mapping[str, torch.Tensor]
+    optimizer: dict[str, Any]
+
+    def apply(self, model: Any, optimizer: torch.optim.Optimizer) -> None:
+        """Load weights and optimizer in place."""
+        optimizer.load_state_dict(self.optimizer)
+        model.load_state_dict(self.weights)
 
 
 def save(folder: Path, step: int, model: Any, tokenizer: Any, optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> Path:
     """Write `folder`/step-N and return it.
 
     Raises:
-        OSError: the disk refuses; nothing named step-N is left behind.
+        OSError: the disk refuses; nothing half-written is left behind.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    partial, final = folder / f"{PARTIAL}step-{step}", folder / f"step-{step}"
-    shutil.rmtree(partial, ignore_errors=True)
-    save_model(partial, model, tokenizer)
-    tensors, plain = _split(optimizer.state_dict())
-    tensors["rng"] = torch.get_rng_state()
-    save_file(tensors, partial / "optimizer.safetensors")
-    (partial / "state.json").write_text(json.dumps({**state, "step": step, "optimizer": plain}, indent=1))
-    if final.exists():
-        shutil.rmtree(final)
-    partial.rename(final)
+    final = folder / f"step-{step}"
+    with aside(final) as partial:
+        _write_model(partial, model, tokenizer)
+        tensors, plain = _split(optimizer.state_dict())
+        save_file(tensors, partial / "optimizer.safetensors")
+        sums = {str(p.relative_to(partial)): _sha256(p) for p in sorted(partial.rglob("*")) if p.is_file()}
+        (partial / STATE).write_text(json.dumps({**state, "step": step, "optimizer": plain, "sha256": sums}, indent=1))
     return final
 
 
 def save_model(folder: Path, model: Any, tokenizer: Any) -> None:
-    """Model and tokenizer as any transformers program reads them."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Model and tokenizer as any transformers program reads them; the folder is there whole or not at all."""
+    with aside(folder) as partial:
+        _write_model(partial, model, tokenizer)
+
+
+def _write_model(folder: Path, model: Any, tokenizer: Any) -> None:
+    folder.mkdir()
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
-def restore(checkpoint: Path, model: Any, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Load weights, optimizer and RNG in place; returns the state saved beside them.
+def newest(folder: Path, model: Any, message: Callable[[str], None]) -> Saved | None:
+    """The newest whole checkpoint in `folder`, None if there is none. Broken ones are passed over, each with a message.
 
     Raises:
-        ValueError: the checkpoint is incomplete or of another model.
+        ValueError: it is of another model than `model`.
+    """
+    for step in reversed(steps(folder)):
+        try:
+            return read(folder / f"step-{step}", model)
+        except BrokenError as error:
+            message(f"{error}; it is passed over")
+    return None
+
+
+def read(checkpoint: Path, model: Any) -> Saved:
+    """Everything that is in a checkpoint of `model`, which stays as it is.
+
+    Raises:
+        BrokenError: a file is missing or is not what was written.
+        ValueError: the checkpoint is whole, but of another model.
     """
     try:
-        state: dict[str, Any] = json.loads((checkpoint / "state.json").read_text())
+        state: dict[str, Any] = json.loads((checkpoint / STATE).read_text())
+        for name, expected in state.pop("sha256").items():
+            if _sha256(checkpoint / name) != expected:
+                raise BrokenError(f"checkpoint {checkpoint} is broken: {name} is not what was written")
         tensors = load_file(checkpoint / "optimizer.safetensors")
-        saved = type(model).from_pretrained(checkpoint, dtype=model.dtype)
-        model.load_state_dict(saved.state_dict())
-    except (OSError, ValueError, SafetensorError) as error:
-        raise ValueError(f"checkpoint {checkpoint} cannot be read: {error}") from error
-    except RuntimeError as error:
-        raise ValueError(f"checkpoint {checkpoint} is of another model: {str(error).splitlines()[0]}") from error
-    torch.set_rng_state(tensors.pop("rng"))
-    optimizer.load_state_dict(_join(tensors, state.pop("optimizer")))
-    return state
-
-
-def latest(folder: Path) -> Path | None:
-    """The newest whole checkpoint."""
-    found = steps(folder)
-    return folder / f"step-{found[-1]}" if found else None
+        step, optimizer = int(state.pop("step")), _join(tensors, state.pop("optimizer"))
+    except BrokenError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+        raise BrokenError(f"checkpoint {checkpoint} is broken: {error}") from error
+    weights = type(model).from_pretrained(checkpoint, dtype=model.dtype).state_dict()
+    own = model.state_dict()
+    other = [name for name in {**own, **weights} if name not in own or name not in weights or own[name].shape != weights[name].shape]
+    if other:
+        raise ValueError(f"checkpoint {checkpoint} is of another model: {other[0]} differs")
+    return Saved(step, state, weights, optimizer)
 
 
 def steps(folder: Path) -> list[int]:
-    """Steps of the whole checkpoints in `folder`, ascending."""
+    """Steps of the checkpoints in `folder`, ascending."""
     if not folder.is_dir():
         return []
-    return sorted(int(p.name.removeprefix("step-")) for p in folder.glob("step-*") if p.is_dir())
+    return sorted(int(n) for p in folder.glob("step-*") if p.is_dir() and (n := p.name.removeprefix("step-")).isdecimal())
 
 
-def prune(folder: Path, *, last: int, keep: Collection[int]) -> None:
-    """Remove all but the newest `last` checkpoints and those of `keep`, and what an interrupted write left behind."""
-    for step in steps(folder)[: -last or None]:
+def prune(folder: Path, *, last: int, keep: Collection[int], upto: int) -> None:
+    """Remove all checkpoints up to step `upto` but the newest `last` and those of `keep`. Later ones are broken ones that were
+    passed over; the run replaces them when it gets there again."""
+    for step in [s for s in steps(folder) if s <= upto][: -last or None]:
         if step not in keep:
             shutil.rmtree(folder / f"step-{step}")
-    for partial in folder.glob(f"{PARTIAL}*"):
-        shutil.rmtree(partial)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _split(state: Mapping[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:

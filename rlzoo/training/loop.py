@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import shlex
 import shutil
 import time
 from collections.abc import Sequence
@@ -12,25 +13,29 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import set_seed
 
 from ..backends.select import open_backend
-from ..config import RunConfig
+from ..config import RunConfig, build
 from ..credit.base import Credit
 from ..data.loading import load_problems
 from ..data.problems import Problem
 from ..data.stream import ProblemStream
 from ..data.templates import render
 from ..report.progress import Progress
-from ..report.tables import Cost, final_table, print_table
+from ..report.tables import Cost, FinalTable, final_table, print_table
 from ..rewards.reward import open_reward
+from ..sampling.seeds import mix
 from ..store.cost import Ledger
 from ..store.environment import environment
+from ..store.files import locked
 from ..store.runs import RunFolder
 from ..store.trackers import check_trackers, open_trackers
 from ..store.trees import TreeRecord, write_trees
 from . import checkpoint, sync
 from .collect import Batch, Collector, GradedTree, describe
 from .exactness import exactness
+from .interrupts import Interrupts
 from .measure import Measurer
 from .models import LoadedModel, load_model
 from .optim import make_optimizer, make_scheduler
@@ -49,47 +54,72 @@ class Run:
 
 
 def run(config: RunConfig, *, out: Path | None = None, resume: bool = False) -> Run:
-    """Train as configured, measure, and leave a run folder.
+    """Train as configured, measure, and leave a run folder; or go on with the run in `out` as if it had never been interrupted.
 
     Raises:
-        ValueError: bad input, found before anything slow starts.
+        ValueError: bad input, found before anything slow starts; another process works in the folder; or a run is to be resumed
+            with another config than its own.
         RuntimeError: training could not go on (non-finite loss, grading failed, ...); the last checkpoint is usable.
+        KeyboardInterrupt: by Ctrl-C or SIGTERM; says how to go on.
     """
     check_trackers(config.trackers)
+    path = _place(config, out, resume)
+    if resume and (summary := RunFolder(path).summary()) is not None:
+        return _finished(path, summary)
     problems = load_problems(config.problems)
     dev = load_problems(config.evaluation.dev, limit=config.evaluation.dev_problems) if config.evaluation.every else []
-    folder = _open_folder(config, out, resume)
-    try:
-        torch.set_num_threads(config.backend.threads or os.cpu_count() or 1)
-        loaded = load_model(config.model, dtype=config.backend.dtype, device=config.backend.device)
-        trainer = Trainer(config, folder, loaded, problems, dev)
-    except BaseException:
-        if not resume:
-            shutil.rmtree(folder.path)  # nothing has happened in it yet, and it would block the corrected command
-        raise
-    try:
-        if resume:
-            trainer.restore()
-        trainer.train()
-        return Run(folder.path, trainer.finish())
-    finally:
-        trainer.close()
+    with Interrupts() as interrupts, locked(path):
+        folder = RunFolder(path) if resume else RunFolder.create(path, config.to_dict())
+        try:
+            try:
+                torch.set_num_threads(config.backend.threads or os.cpu_count() or 1)
+                loaded = load_model(config.model, dtype=config.backend.dtype, device=config.backend.device)
+                trainer = Trainer(config, folder, loaded, problems, dev, resume=resume)
+            except Exception:
+                if not resume:
+                    shutil.rmtree(path)  # nothing has happened in it yet, and it would block the corrected command
+                raise
+            try:
+                trainer.train(interrupts)
+                return Run(path, trainer.finish())
+            finally:
+                trainer.close()
+        except KeyboardInterrupt as error:
+            raise KeyboardInterrupt(f"interrupted; to go on: rlzoo run --resume --out {shlex.quote(str(path))}") from error
 
 
-def _open_folder(config: RunConfig, out: Path | None, resume: bool) -> RunFolder:
-    if resume:
-        if out is None:
-            raise ValueError("--resume needs --out FOLDER, the run to go on with")
-        return RunFolder.open(out)
-    default = Path("runs") / f"{config.algo}-s{config.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
-    return RunFolder.create(out or default, config.to_dict())
+def _place(config: RunConfig, out: Path | None, resume: bool) -> Path:
+    """The run's folder: one that is free, or the one to go on with."""
+    if not resume:
+        path = out or Path("runs") / f"{config.algo}-s{config.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
+        RunFolder.refuse_taken(path)
+        return path
+    if out is None:
+        raise ValueError("--resume needs --out FOLDER, the run to go on with")
+    folder = RunFolder.open(out)
+    folder.refuse_change(build([(str(out / "config.toml"), folder.config())]).to_dict(), config.to_dict())
+    return out
+
+
+def _finished(path: Path, summary: dict[str, Any]) -> Run:
+    if "table" in summary:
+        print_table(FinalTable.from_dict(summary["table"]))
+    print(f"run folder: {path}, finished already: nothing is left to do")
+    return Run(path, summary)
 
 
 class Trainer:
     """The state of a run and one method per stage."""
 
     def __init__(
-        self, config: RunConfig, folder: RunFolder, loaded: LoadedModel, problems: Sequence[Problem], dev: Sequence[Problem]
+        self,
+        config: RunConfig,
+        folder: RunFolder,
+        loaded: LoadedModel,
+        problems: Sequence[Problem],
+        dev: Sequence[Problem],
+        *,
+        resume: bool = False,
     ) -> None:
         self.config, self.folder, self.loaded = config, folder, loaded
         self.algorithm = config.algorithm
@@ -109,11 +139,12 @@ class Trainer:
             self.algorithm, self.backend, self.reward, self.stream, template=config.template, seed=config.seed, ledger=self.ledger
         )
         self.dev = list(dev)
-        self.trackers = open_trackers(config.trackers, folder.path, config.to_dict())
         self.progress = Progress(max(1, self.algorithm.schedule.steps))
         self.measurer = Measurer(config, self.backend, self.reward, self.ledger, folder, self.progress)
         self.layout = self._layout(longest)
         self.token_budget = config.update.token_budget
+        restored = resume and self._restore()
+        self.trackers = open_trackers(config.trackers, folder.path, config.to_dict(), after=self.step if restored else None)
 
     @property
     def _updates(self) -> int:
@@ -144,58 +175,67 @@ class Trainer:
             self.progress.note(f"updates use one row per response: packing is not exact here ({reason})")
         return "unrolled" if reason else self.config.update.layout
 
-    def restore(self) -> None:
-        """Go on from the newest checkpoint, if there is one.
+    def _restore(self) -> bool:
+        """Go back to the newest whole checkpoint, or to the start if there is none (False).
 
         Raises:
-            ValueError: the checkpoint cannot be read.
+            ValueError: the checkpoint is of another model.
         """
-        newest = checkpoint.latest(self.folder.checkpoints)
-        if newest is None:
-            return
-        state = checkpoint.restore(newest, self.model, self.optimizer)
-        self.step, self.best, self.stream.cursor = state["step"], state["best"], state["cursor"]
-        self.sampled_tokens = state["sampled_tokens"]
+        saved = checkpoint.newest(self.folder.checkpoints, self.model, self.progress.note)
+        self.folder.rewind(None if saved is None else saved.step)
+        if saved is None:
+            return False
+        saved.apply(self.model, self.optimizer)
+        state = saved.state
+        self.step, self.best, self.stream.cursor = saved.step, state["best"], state["cursor"]
+        self.sampled_tokens, self.token_budget = state["sampled_tokens"], state["token_budget"]
         self.scheduler.load_state_dict(state["scheduler"])
         self.ledger.resume(state["ledger"])
-        self.folder.rewind(self.step)
         sync.sync(self.backend, self.model, self.step)
+        return True
 
-    def train(self) -> None:
+    def train(self, interrupts: Interrupts) -> None:
         """All remaining steps, with dev evaluations and checkpoints.
 
         Raises:
             RuntimeError: see `run`.
+            KeyboardInterrupt: by a signal; the step that it came in is finished and saved.
         """
         options = self.config.evaluation
         if self.step == 0 and self.dev:
             self._log(self._measure_dev())
         while self.step < self.algorithm.schedule.steps:
-            row = self._guarded_step()
-            last = self.step == self.algorithm.schedule.steps
-            improved = False
-            if self.dev and (last or self.step % options.every == 0):
-                row |= self._measure_dev()
-                improved = row["dev/pass_at_1"] > self.best.get("pass_at_1", -1.0)
-                if improved:
-                    self.best = {"step": self.step, "pass_at_1": row["dev/pass_at_1"]}
-            self._log(row)
-            due = self.config.checkpoints.every and self.step % self.config.checkpoints.every == 0
-            if improved or due or last:
-                self._save()
+            with interrupts.held(f"step {self.step + 1}"):
+                row = self._guarded_step()
+                last = self.step == self.algorithm.schedule.steps
+                improved = False
+                if self.dev and (last or self.step % options.every == 0):
+                    row |= self._measure_dev()
+                    improved = row["dev/pass_at_1"] > self.best.get("pass_at_1", -1.0)
+                    if improved:
+                        self.best = {"step": self.step, "pass_at_1": row["dev/pass_at_1"]}
+                self._log(row)
+                due = self.config.checkpoints.every and self.step % self.config.checkpoints.every == 0
+                if improved or due or last or interrupts.asked:
+                    self._save()
 
     def _guarded_step(self) -> dict[str, float]:
-        """A step; if its loss or gradient is not finite, the weights (still those before it) are saved before the run ends."""
-        cursor = self.stream.cursor
+        """A step. If its first update is not finite, nothing of it has been applied, and the state before it is saved before the
+        run ends; if a later one is not, the last regular checkpoint is the newest state that a run can go on from."""
+        cursor, updates = self.stream.cursor, self.scheduler.last_epoch
         try:
             return self._one_step()
         except NonFiniteError as error:
-            self.stream.cursor = cursor
-            self._save()
-            raise NonFiniteError(f"step {self.step + 1}: {error}; the weights before it are in {self.folder.checkpoints}") from error
+            if self.step > 0 and self.scheduler.last_epoch == updates:
+                self.stream.cursor = cursor
+                self._save()
+            found = checkpoint.steps(self.folder.checkpoints)
+            where = f"the newest checkpoint is step {found[-1]} in {self.folder.checkpoints}" if found else "there is no checkpoint yet"
+            raise NonFiniteError(f"step {self.step + 1}: {error}; {where}") from error
 
     def _one_step(self) -> dict[str, float]:
         started, before = time.perf_counter(), self.ledger.seconds()
+        set_seed(mix(self.config.seed, self.step, "global") % 2**32)  # whatever draws from a global generator is resumable too
         batch = self.collector.collect(self.step)
         row = describe(batch)
         with self.ledger.phase("credit"):
@@ -280,12 +320,13 @@ class Trainer:
                 "cursor": self.stream.cursor,
                 "best": self.best,
                 "sampled_tokens": self.sampled_tokens,
+                "token_budget": self.token_budget,
                 "scheduler": self.scheduler.state_dict(),
                 "ledger": self.ledger.as_dict(),
             }
             checkpoint.save(self.folder.checkpoints, self.step, self.model, self.loaded.tokenizer, self.optimizer, state)
             keep = {int(self.best["step"])} if self.best else set()
-            checkpoint.prune(self.folder.checkpoints, last=self.config.checkpoints.last, keep=keep)
+            checkpoint.prune(self.folder.checkpoints, last=self.config.checkpoints.last, keep=keep, upto=self.step)
 
     def finish(self) -> dict[str, Any]:
         """Write `final/`, measure base and trained model on the suite, write summary.json, print the table; returns the row."""
@@ -299,6 +340,7 @@ class Trainer:
             "seed": self.config.seed,
             "steps": self.step,
             "sampled_tokens": self.sampled_tokens,
+            "unrolled_tokens": int(sum(row.get("unrolled_tokens", 0) for row in self.folder.metrics())),
             "best": self.best,
             "training": training,
             "config": self.config.to_dict(),

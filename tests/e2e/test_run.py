@@ -74,19 +74,6 @@ def test_the_same_seed_gives_the_same_run(name, tmp_path):
     assert any(not torch.equal(first[k], other[k]) for k in first)
 
 
-def test_resuming_gives_the_run_that_would_have_been(tmp_path):
-    whole = run(tmp_path, "--algo", "treerpo", "--checkpoints.every", "1", name="whole")
-    cut = run(tmp_path, "--algo", "treerpo", "--checkpoints.every", "1", name="cut")
-    for step in (cut.checkpoints / "step-2", cut.final):
-        for file in step.iterdir():
-            file.unlink()
-        step.rmdir()
-    assert main(["run", "--config", str(cut.path / "config.toml"), "--out", str(cut.path), "--resume"]) == 0
-    first, second = weights(whole.final), weights(cut.final)
-    assert all(torch.equal(first[k], second[k]) for k in first)
-    assert [r["reward"] for r in whole.metrics()[1:]] == [r["reward"] for r in cut.metrics()[1:]]
-
-
 def test_kl_reference_epochs_and_mini_batches(tmp_path):
     rows = run(
         tmp_path, "--algo", "treerpo", "--loss.kl-coef", "0.01", "--schedule.epochs", "2", "--schedule.mini-batches", "2"
@@ -110,30 +97,35 @@ def test_dead_groups_are_refilled_within_bounds(tmp_path):
     assert any(r["trees"] / (1 - r["dead_groups"]) > 6 for r in rows[1:] if r["dead_groups"])
 
 
-def test_a_non_finite_update_stops_the_run_with_a_usable_checkpoint(tmp_path, monkeypatch, capsys):
-    from rlzoo.training import loop, update
+@pytest.mark.parametrize("broken", [3, 4])  # the first or the second mini-batch of step 2
+def test_a_non_finite_update_stops_the_run_and_leaves_no_half_step(broken, tmp_path, monkeypatch, capsys):
+    from rlzoo.training import update
 
-    real, calls = loop.update, []
+    real, calls = update.gradients, []
 
-    def second_one_breaks(model, optimizer, *args, **kwargs):
+    def overflow(model, *args, **kwargs):
         calls.append(1)
-        if len(calls) == 2:  # poison the gradient, as an overflow would
-            monkeypatch.setattr(update, "gradients", lambda *a, **k: _nan(update, model))
-        return real(model, optimizer, *args, **kwargs)
+        result = real(model, *args, **kwargs)
+        if len(calls) == broken:
+            next(model.parameters()).grad.fill_(float("nan"))
+        return result
 
-    def _nan(module, model):
-        next(model.parameters()).grad = torch.full_like(next(model.parameters()), float("nan"))
-        return module.Gradients(float("nan"), *[torch.zeros(1).numpy()] * 4, None, None, module.PackStats())
-
-    monkeypatch.setattr(loop, "update", second_one_breaks)
+    monkeypatch.setattr(update, "gradients", overflow)
     out = tmp_path / "run"
     assert main(["run", "--algo", "grpo", "--out", str(out), *SMALL]) == 1
     error = capsys.readouterr().err.splitlines()[-1]
-    assert error.startswith("rlzoo: step 2: loss nan") and "checkpoints" in error
-    saved = weights(out / "checkpoints" / "step-1")
-    assert all(torch.isfinite(w).all() for w in saved.values())
+    assert error.startswith("rlzoo: step 2: loss ") and f"mini-batch {broken - 2} of 2" in error
+    if broken == 3:
+        assert error.endswith(f"the newest checkpoint is step 1 in {out / 'checkpoints'}")
+        assert all(torch.isfinite(w).all() for w in weights(out / "checkpoints" / "step-1").values())
+    else:  # the weights are half a step further: nothing that a run could go on from
+        assert error.endswith("there is no checkpoint yet") and not list((out / "checkpoints").iterdir())
     monkeypatch.undo()
-    assert main(["run", "--config", str(out / "config.toml"), "--out", str(out), "--resume"]) == 0
+    assert main(["run", "--out", str(out), "--resume"]) == 0
+    resumed, whole = RunFolder.open(out), run(tmp_path, "--algo", "grpo", name="whole")
+    first, second = weights(resumed.final), weights(whole.final)
+    assert all(torch.equal(first[k], second[k]) for k in first)
+    assert [r["reward"] for r in resumed.metrics()[1:]] == [r["reward"] for r in whole.metrics()[1:]]
 
 
 @pytest.mark.parametrize(

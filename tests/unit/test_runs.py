@@ -1,6 +1,8 @@
 import json
 import math
+import os
 import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -8,6 +10,7 @@ import numpy as np
 import pytest
 
 from rlzoo.store import environment as env
+from rlzoo.store.files import aside, locked
 from rlzoo.store.runs import RunFolder, dump_toml, environment, read_rows, to_json
 
 CONFIG = {
@@ -81,6 +84,17 @@ def test_open_refuses_what_is_no_run(tmp_path):
         RunFolder.open(tmp_path).config()
 
 
+def test_a_resumed_run_is_asked_for_as_it_was_started():
+    run = RunFolder(Path("r"))
+    kept = {"algo": "x", "seed": 0, "sampler": {"name": "a", "inner": {"k": (1, 2)}}}
+    run.refuse_change(kept, {**kept})
+    run.refuse_change(kept, {"seed": 0})
+    with pytest.raises(ValueError, match=r"^r was started with seed = 0, not 1; --resume goes on with a run as it was started$"):
+        run.refuse_change(kept, {**kept, "seed": 1, "sampler": {"name": "b"}})
+    with pytest.raises(ValueError, match=r"started with sampler.inner.k = \(1, 2\), not \(2,\);"):
+        run.refuse_change(kept, {"sampler": {"inner": {"k": (2,)}}})
+
+
 def test_a_line_cut_off_by_a_kill_is_left_out_and_a_broken_one_is_named(tmp_path):
     run = RunFolder.create(tmp_path / "run", {})
     run.log({"step": 1})
@@ -101,8 +115,55 @@ def test_rewind_forgets_what_comes_after(tmp_path):
         run.log({"step": step})
         run.trees_path(step).write_text("t")
     assert run.tree_steps() == [1, 2, 10]
+    (run.path / "trees" / ".partial-step-3.parquet").write_text("half")
     run.rewind(2)
     assert ([r["step"] for r in run.metrics()], run.tree_steps()) == ([1, 2], [1, 2])
+    run.rewind(None)
+    assert (run.metrics(), run.tree_steps(), list((run.path / "trees").iterdir())) == ([], [], [])
+
+
+def test_what_is_written_aside_is_there_whole_or_not_at_all(tmp_path):
+    with aside(tmp_path / "new" / "folder") as partial:
+        partial.mkdir()
+        (partial / "a").write_text("1")
+        assert not (tmp_path / "new" / "folder").exists()
+    with pytest.raises(OSError, match="full"), aside(tmp_path / "new" / "folder") as partial:
+        partial.mkdir()
+        (partial / "b").write_text("2")
+        raise OSError("full")
+    assert [p.name for p in tmp_path.rglob("*")] == ["new", "folder", "a"]
+    with aside(tmp_path / "new" / "folder") as partial:  # what a death left there does not get in
+        partial.mkdir()
+        (partial / "c").write_text("3")
+    assert [p.name for p in tmp_path.rglob("*")] == ["new", "folder", "c"]
+
+
+def test_one_process_at_a_time(tmp_path):
+    with locked(tmp_path / "run"):
+        with pytest.raises(ValueError, match=rf"process {os.getpid()} is at work in .*run; wait until it is done, or stop it"):
+            locked(tmp_path / "run").__enter__()
+        RunFolder.create(tmp_path / "run", CONFIG)
+    with locked(tmp_path / "run"):
+        pass
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="cannot write the run folder"):
+        locked(tmp_path / "file").__enter__()
+
+
+def test_the_lock_ends_with_its_process(tmp_path):
+    code = (
+        "import os, signal, subprocess, sys; from pathlib import Path; from rlzoo.store.files import locked\n"
+        "with locked(Path(sys.argv[1])):\n"
+        "    print(subprocess.Popen(['sleep', '20'], start_new_session=True).pid, flush=True)\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert done.returncode == -9
+        with locked(tmp_path):  # though a child of it is still there
+            pass
+    finally:
+        os.kill(int(done.stdout), 9)
 
 
 def test_eval_sink_streams(tmp_path):
@@ -112,6 +173,9 @@ def test_eval_sink_streams(tmp_path):
         assert read_rows(run.eval_path("base")) == [{"set": "a", "correct": True}]  # on disk before the end
         sink({"set": "b", "correct": None})
     assert len(read_rows(run.eval_path("base"))) == 2
+    with run.eval_sink("base") as sink:
+        sink({"set": "c", "correct": None})
+    assert [row["set"] for row in read_rows(run.eval_path("base"))] == ["c"]  # an evaluation made anew, not a longer one
 
 
 def test_json_is_strict():

@@ -1,5 +1,6 @@
 import subprocess
 import sys
+import time
 import types
 
 import numpy as np
@@ -29,6 +30,21 @@ def test_tensorboard_gets_numbers_by_step_and_the_config(tmp_path):
     (text,) = read.Tags()["tensors"]
     assert b"| sampler/k | 4 |" in read.Tensors(text)[0].tensor_proto.string_val[0]
     assert len(list((tmp_path / "tensorboard").iterdir())) == 1
+
+
+def test_tensorboard_of_a_resumed_run_forgets_what_is_made_anew(tmp_path, monkeypatch):
+    clock = iter(range(1_800_000_000, 1_900_000_000))
+    monkeypatch.setattr(time, "time", lambda: next(clock))  # events files are ordered by the second of their birth
+    for after, steps in ((None, (0, 1, 2, 3)), (1, (2, 3, 4)), (2, (3, 4))):
+        opened = open_trackers(["tensorboard"], tmp_path, {"algo": "x"}, after=after)
+        for step in steps:
+            opened.log({"reward": 10 * (after or 0) + step}, step)
+        opened.close()
+    read = events(tmp_path / "tensorboard")
+    assert [(e.step, e.value) for e in read.Scalars("reward")] == [(0, 0), (1, 1), (2, 12), (3, 23), (4, 24)]
+    assert len(read.Tags()["tensors"]) == len(read.Tensors("config/text_summary")) == 1
+    open_trackers(["tensorboard"], tmp_path, {"algo": "x"}).close()  # from the start once more
+    assert events(tmp_path / "tensorboard").Tags()["scalars"] == []
 
 
 def test_none_opens_and_imports_nothing(tmp_path):

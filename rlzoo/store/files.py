@@ -1,0 +1,89 @@
+"""Files that are there whole or not at all, and a folder that one process has to itself."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+PARTIAL = ".partial-"
+"""How the names of things begin that are still being written, or that a death left half-written."""
+
+LOCK = ".lock"
+
+
+@contextmanager
+def aside(target: Path) -> Iterator[Path]:
+    """A path beside `target` to write a file or a folder to. At the end of the block it is brought to disk and then named
+    `target`, in place of what had that name: neither a kill nor a power cut leaves half of it. An error leaves nothing.
+    """
+    partial = target.with_name(PARTIAL + target.name)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    remove(partial)
+    try:
+        yield partial
+        for path in [partial, *partial.rglob("*")]:
+            _to_disk(path)
+        if target.is_dir():
+            shutil.rmtree(target)  # rename() replaces a file, but no folder with something in it
+        partial.replace(target)
+        _to_disk(target.parent)
+    except BaseException:
+        remove(partial)
+        raise
+
+
+def write_aside(path: Path, text: str) -> None:
+    """Write a text file whole or not at all."""
+    with aside(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a folder, if it is there."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def remove_partials(folder: Path) -> None:
+    """Remove whatever an interrupted write left in `folder` and below."""
+    for path in list(folder.rglob(f"{PARTIAL}*")):
+        remove(path)
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Have `folder` (made if need be) to oneself for a while. The kernel gives it back when the process ends, however it ends.
+
+    Raises:
+        ValueError: another process has it, or it cannot be made or written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / LOCK).open("a+")
+    except OSError as error:
+        raise ValueError(f"cannot write the run folder {folder}: {error.strerror or error}") from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.seek(0)
+            owner = file.read().strip()
+            raise ValueError(f"process {owner or 'unknown'} is at work in {folder}; wait until it is done, or stop it") from error
+        file.truncate(0)
+        file.write(f"{os.getpid()}\n")
+        file.flush()
+        yield
+
+
+def _to_disk(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
