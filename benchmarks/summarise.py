@@ -44,7 +44,8 @@ def document(summaries: Sequence[Summary]) -> str:
         f"Suite {evaluation['suite']}, k = {evaluation['k']} samples per problem at temperature 1; intervals are 95 %, over problems; "
         "overall is the plain mean over the sets. Bold: the interval excludes 0. Every seed that was run is here.\n",
         f"Machine: {machine.get('cpu', 'unknown')}, {machine.get('cores')} cores; wall seconds and core-hours are those of training, "
-        f"beside whatever else ran. Commit {machine.get('commit')}{' (with uncommitted changes)' if machine.get('dirty') else ''}.\n",
+        "beside whatever else ran. Sampled tokens count a shared token once, unrolled ones once per response (rows from before they "
+        "were kept have none).\n",
     ]
     return "\n".join([*told, *_runs(summaries), "", *_sets(summaries), ""])
 
@@ -53,8 +54,10 @@ def _runs(summaries: Sequence[Summary]) -> list[str]:
     head = (
         "algo",
         "seed",
+        "commit",
         "steps",
         "sampled tokens",
+        "unrolled",
         "threads",
         "core-hours",
         "wall s",
@@ -68,10 +71,16 @@ def _runs(summaries: Sequence[Summary]) -> list[str]:
     for s in summaries:
         base, trained = (_line(s, model) for model in ("base", "trained"))
         gain = _gain(s, OVERALL)
-        cost = f"{s['sampled_tokens']:,} | {s['training']['devices']} | {s['training']['device_hours']:.3f} | {s['training']['wall_s']:.0f}"
+        unrolled = f"{s['unrolled_tokens']:,}" if "unrolled_tokens" in s else ""
+        training = s["training"]
+        cost = f"{s['sampled_tokens']:,} | {unrolled} | {training['devices']} | {training['device_hours']:.3f} | {training['wall_s']:.0f}"
         shares = f"{_percent(base['pass_at_1'])} | {_percent(trained['pass_at_1'])} | {_points(gain['pass_at_1'])}"
         greedy = f"{100 * base['greedy']['mean']:.1f} → {100 * trained['greedy']['mean']:.1f}"
-        lines.append(f"| {s['algo']} | {s['seed']} | {s['steps']} | {cost} | {shares} | {greedy} | x {gain['length_ratio']:.2f} |")
+        made = s["environment"]
+        commit = f"{str(made.get('commit'))[:7]}{' + changes' if made.get('dirty') else ''}"
+        lines.append(
+            f"| {s['algo']} | {s['seed']} | {commit} | {s['steps']} | {cost} | {shares} | {greedy} | x {gain['length_ratio']:.2f} |"
+        )
     return lines
 
 

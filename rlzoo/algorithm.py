@@ -62,6 +62,11 @@ class Algorithm:
                 raise ValueError(
                     f"{kind} {part!r} needs {missing}, which neither sampler {self.sampler!r} nor shaping {self.shaping!r} gives"
                 )
+        overlong, longest = self.shaping.overlong_tokens, self.sampler.max_response_tokens
+        if overlong > longest:
+            raise ValueError(
+                f"shaping.overlong_tokens = {overlong} is more than the longest response of sampler {self.sampler.name} ({longest} tokens)"
+            )
         sampling = self.sampler.sampling
         if sampling.top_p < 1 or sampling.top_k > 0:
             raise ValueError(

@@ -7,14 +7,15 @@ import numpy as np
 from ..tree import ROOT, Float64, Tree
 
 
-def mean_of_children(tree: Tree) -> Float64:
-    """Value of every node, float64 [nodes]: a leaf's reward; else the plain mean over its children's values.
+def mean_of_children(tree: Tree, leaf_value: Float64 | None = None) -> Float64:
+    """Value of every node, float64 [nodes]: a leaf's reward (or its `leaf_value` [leaves]); else the plain mean over
+    its children's values.
 
     An early leaf thus weighs as much as a sibling with many leaves below it (arXiv 2506.05183, section 3.1). Children without
     value (ungraded, NaN) are left out; a node with none left is NaN. Probes are left out.
     """
     value = np.full(tree.nodes, np.nan)
-    value[tree.leaves] = tree.reward
+    value[tree.leaves] = tree.reward if leaf_value is None else leaf_value
     for node in range(tree.nodes - 1, ROOT - 1, -1):
         children = tree.children(node)
         if children:

@@ -93,7 +93,7 @@ def decode_leaves(tree: Tree, tokenizer: Any) -> tuple[str, ...]:
 
 def shape(tree: Tree, problem: Problem, texts: Sequence[str], grades: Sequence[Grade], algorithm: Algorithm) -> GradedTree:
     """`tree` with right/wrong and rewards from its leaves' grades."""
-    shaped = algorithm.shaping(tree, [g.correct for g in grades])
+    shaped = algorithm.shaping(tree, [g.correct for g in grades], algorithm.sampler.max_response_tokens)
     if any(g.reward is not None for g in grades):  # the plug-in's numbers are the rewards
         given = [g.correct if g.reward is None else g.reward for g in grades]
         leaves = [int(leaf) for leaf in tree.leaves]

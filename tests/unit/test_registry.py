@@ -59,7 +59,7 @@ def test_overrides_find_their_part():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: load("nosuch"), r"unknown algorithm 'nosuch'; known: grpo, treerpo"),
+        (lambda: load("nosuch"), r"unknown algorithm 'nosuch'; known: grpo, treepo, treerpo"),
         (lambda: load("grpo", nosuch=1), r"unknown option 'nosuch' of grpo; allowed: .*sampler\.group_size.*optim\.lr"),
         (lambda: load("treerpo", adv_norm="other"), r"credit.adv_norm = 'other'; allowed: bernoulli_std"),
         (lambda: load("grpo", top_p=0.9), r"sampler chains draws from a cut distribution \(top_p = 0.9.*loss policy does not correct"),

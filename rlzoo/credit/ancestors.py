@@ -1,0 +1,138 @@
+"""Ancestor-relative credit: every leaf against the leaves below each of its ancestors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
+
+import numpy as np
+
+from ..tree import ROOT, Float64, Int64, Tree
+from .base import Credit, path_rows
+from .values import mean_of_children
+from .whitening import whiten
+
+CHOICES = {
+    "weighting": ("average", "group_size"),
+    "levels": ("all", "root"),
+    "level": ("leaf", "segment"),
+    "whitening": ("batch", "none"),
+}
+
+
+@dataclass(frozen=True)
+class Ancestors:
+    """a_i = sum_j w_j (R_i - mean R over G_j) / sum_j w_j, G_j the graded leaves below the ancestor of leaf i at depth j
+    (arXiv 2508.17445, eq. 5-7, and its released code at f055523).
+
+    At level leaf G_j is the root's group, always, and each deeper one of at least two leaves; a_i stands on every token of
+    response i. A tree with a single graded leaf has root mean 0, so that a_i = R_i, as released; without any group a_i = 0.
+
+    At level segment (`tree_segment_reinforce_plus_plus_baseline` of the released code, with weighting group_size and repeated
+    groups) all groups count, those of one leaf too. V(leaf) = a_i, V(node) = mean of its children's V, V(root) = 0, and node
+    n has A(n) = V(n) - V(parent) on its own tokens as recorded. Rows are whole paths at both levels: a shared token enters
+    once per leaf through it.
+
+    Then all is whitened over the response tokens of the batch. Ungraded leaves (NaN) are in no group and no row.
+    """
+
+    name: ClassVar[str] = "ancestors"
+
+    weighting: Literal["average", "group_size"] = "average"
+    """Weight of a group: 1 (eq. 5) or its number of leaves (eq. 6)."""
+    repeat_groups: bool = False
+    """Count the same leaves again at each depth of an unbranched chain, as released; else each set of leaves counts once."""
+    reject_zero_std: bool = False
+    """Leave out groups below the root whose rewards are all equal (eq. 7)."""
+    include_root: bool = True
+    """Count the group of all leaves; without it a set of leaves equal to it is left out too, unless groups repeat."""
+    levels: Literal["all", "root"] = "all"
+    """Groups of all ancestors, or the root's alone."""
+    level: Literal["leaf", "segment"] = "leaf"
+    """One advantage per response, or one per segment."""
+    eta: float = 0.0
+    """Level segment: A(n) = V(n) - eta^(L - depth of n) V(parent), L the nodes of the row's path with the root; 0 switches it off."""
+    whitening: Literal["batch", "none"] = "batch"
+    """Mean 0 and variance 1 over the response tokens of the batch, or left as it is."""
+
+    def __post_init__(self) -> None:
+        for name, allowed in CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"credit.{name} = {getattr(self, name)!r}; allowed: {', '.join(allowed)}")
+        if self.levels == "root" and not self.include_root:
+            raise ValueError("credit.levels = 'root' leaves no group with credit.include_root = false")
+        if not 0 <= self.eta <= 1:
+            raise ValueError(f"credit.eta = {self.eta}; allowed: 0 to 1")
+        if self.eta and self.level == "leaf":
+            raise ValueError(f"credit.eta = {self.eta} needs credit.level = 'segment'")
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset()
+
+    def __call__(self, trees: Sequence[Tree]) -> list[Credit]:
+        credits = [self._tree(tree) for tree in trees]
+        return whiten(credits) if self.whitening == "batch" else credits
+
+    def _tree(self, tree: Tree) -> Credit:
+        graded = np.flatnonzero(~np.isnan(tree.reward))
+        if len(graded) == 0:
+            return Credit.empty(tree)
+        relative = self._relative(tree, graded)
+        credit = path_rows(tree, graded.tolist(), relative.tolist())
+        return credit if self.level == "leaf" else self._by_segment(tree, graded, relative, credit)
+
+    def _relative(self, tree: Tree, graded: Int64) -> Float64:
+        """a_i of the graded leaves, float64 [graded]."""
+        size, mean, mixed = _groups(tree, graded)
+        if self.level == "leaf" and len(graded) == 1:
+            mean[ROOT] = 0.0
+        weight = size.astype(np.float64) if self.weighting == "group_size" else np.ones(tree.nodes)
+        weight[~self._counted(tree, size, mixed)] = 0.0
+        total, centre = weight.copy(), weight * mean
+        for node, parent in enumerate(tree.parent[1:].tolist(), 1):  # parents precede children
+            total[node] += total[parent]
+            centre[node] += centre[parent]
+        leaves = tree.leaves[graded]
+        reward = tree.reward[graded]
+        with np.errstate(invalid="ignore"):
+            relative: Float64 = np.where(total[leaves] > 0, reward - centre[leaves] / total[leaves], 0.0)
+        return relative
+
+    def _counted(self, tree: Tree, size: Int64, mixed: np.ndarray) -> np.ndarray:
+        """Which nodes' groups count, bool [nodes]."""
+        counted = size >= (2 if self.level == "leaf" else 1)
+        if self.reject_zero_std:
+            counted &= mixed
+        if not self.repeat_groups:  # a group lies within its parent's, so that equal sizes mean equal groups
+            counted[1:] &= size[1:] != size[tree.parent[1:]]
+        if self.levels == "root":
+            counted[:] = False
+        counted[ROOT] = self.include_root
+        return counted
+
+    def _by_segment(self, tree: Tree, graded: Int64, relative: Float64, credit: Credit) -> Credit:
+        leaf_value = np.full(len(tree.leaves), np.nan)
+        leaf_value[graded] = relative
+        value = mean_of_children(tree, leaf_value)
+        value[ROOT] = 0.0
+        before = value[tree.parent[credit.node]]
+        if self.eta:
+            nodes = np.bincount(credit.row) + 1  # the root too
+            before = before * self.eta ** (nodes[credit.row] - tree.depth[credit.node])
+        return replace(credit, advantage=value[credit.node] - before)
+
+
+def _groups(tree: Tree, graded: Int64) -> tuple[Int64, Float64, np.ndarray]:
+    """Per node, over the graded leaves at or below it: their number, their mean reward (0 if none), whether rewards differ."""
+    enter, leave = tree.intervals
+    order = np.argsort(enter[tree.leaves[graded]])
+    position, reward = enter[tree.leaves[graded]][order], tree.reward[graded][order]
+    first, last = np.searchsorted(position, enter), np.searchsorted(position, leave)  # leaves below a node are neighbours
+    size = (last - first).astype(np.int64)
+    total = np.concatenate([[0.0], np.cumsum(reward)])
+    changes = np.concatenate([[0], np.cumsum(reward[1:] != reward[:-1]), [0]])  # changes[k]: between the first k + 1 leaves
+    mixed = (size > 1) & (changes[np.maximum(last - 1, 0)] > changes[np.minimum(first, len(reward) - 1)])
+    mean = (total[last] - total[first]) / np.maximum(size, 1)
+    return size, mean, mixed
