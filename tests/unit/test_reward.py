@@ -50,3 +50,11 @@ def test_a_plugin_that_loses_responses_is_caught():
     reward = PluginReward(lambda items: [1.0], "short")
     with pytest.raises(RuntimeError, match="reward short returned 1 values for 2 responses"):
         reward.collect(reward.submit(ITEMS))
+
+
+@pytest.mark.parametrize("broken", [lambda items: items[0].extra_info, lambda items: 1 / 0], ids=["missing field", "error"])
+def test_b12_a_reward_that_breaks_is_an_error_not_a_wrong_answer(broken):
+    """In TreePO's released code such a reward turned every score into the default of a wrong answer."""
+    reward = PluginReward(broken, "broken")
+    with pytest.raises(Exception, match=r"extra_info|division by zero"):
+        reward.collect(reward.submit(ITEMS))
