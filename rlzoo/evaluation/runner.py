@@ -13,6 +13,8 @@ from numpy.typing import NDArray
 from ..backends.protocol import Backend
 from ..data.problems import Problem
 from ..data.templates import render
+from ..rewards.extract import last_boxed
+from ..sampling.base import Sampler
 from ..sampling.chains import Chains
 from ..sampling.grow import Prompt, grow_iter
 from ..tree import Float64, Int32, Stop, Tree
@@ -25,6 +27,9 @@ CUT = (Stop.LENGTH, Stop.DEPTH, Stop.REPETITION)
 PENDING = 64  # problems whose grading may be under way while sampling goes on
 
 Suite = Mapping[str, Sequence[Problem]]
+Row = Mapping[str, Any]
+"""One sample as it goes to the sink: set, id, sample, temperature, correct, kind, tokens, tree_tokens (sampled for all samples of
+the problem together), stop, answer (in the last box), gold, response."""
 Sink = Callable[[Mapping[str, Any]], None]
 Grading = Callable[[list[tuple[str, str]]], Sequence[Any]]
 """[(gold, response text)] in, as many verdicts (`correct`: bool, or None where grading failed; `kind`) out."""
@@ -150,16 +155,22 @@ def evaluate(
     template: str,
     grade: Grading | Grades,
     seed: int,
+    sampler: Sampler | None = None,
+    known: Sequence[Row] = (),
     sink: Sink | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, SetResult]:
     """Sample k responses per problem of every set and grade them; with `greedy` also one greedy response per problem.
 
-    All sets are sampled together, without a pause between them. `sink` gets one row per sample; `progress(done, all)` counts
-    responses. The outcome is a function of the model, the problems and the seed, not of the order in which samples finish.
+    Responses are independent, unless a `sampler` of k leaves per tree is given (test-time tree sampling; its temperature and
+    limits then hold). All sets are sampled together, without a pause between them. `sink` gets one row per sample; `known` are
+    rows that an interrupted evaluation wrote: problems with all their samples in it are not sampled again (`complete` says
+    which rows may be kept). `progress(done, all)` counts responses. The outcome is a function of the model, the problems and
+    the seed, not of the order in which samples finish.
 
     Raises:
         ValueError: k < 1, temperature <= 0, an empty set, or a problem too long for the model's context.
+        RuntimeError: a tree of `sampler` has not k leaves.
     """
     if k < 1:
         raise ValueError(f"k = {k}: at least one response per problem is needed")
@@ -168,12 +179,13 @@ def evaluate(
     for name, problems in suite.items():
         if not problems:
             raise ValueError(f"problem set {name!r} is empty")
-    sampled = Chains(group_size=k, max_response_tokens=max_response_tokens, temperature=temperature)
-    runs = [sampled, *([replace(sampled, group_size=1, temperature=0.0)] if greedy else [])]
-    total = sum(len(problems) for problems in suite.values()) * sum(run.group_size for run in runs)
+    chains = Chains(group_size=k, max_response_tokens=max_response_tokens, temperature=temperature)
+    runs = [sampler or chains, *([replace(chains, group_size=1, temperature=0.0)] if greedy else [])]
+    total = sum(len(problems) for problems in suite.values()) * sum(run.leaves_per_tree for run in runs)
     count = _Count(total, progress)
     grader: Grades = grade if hasattr(grade, "collect") else _Pairs(grade)  # type: ignore[assignment]
-    results = [_evaluate(run, backend, tokenizer, suite, template, grader, seed, sink, count) for run in runs]
+    done = _by_problem(known)
+    results = [_evaluate(run, backend, tokenizer, suite, template, grader, seed, done, sink, count) for run in runs]
     if not greedy:
         return results[0]
     return {name: replace(result, greedy=results[1][name]) for name, result in results[0].items()}
@@ -224,6 +236,28 @@ class _Tally:
         shape = (len(problems), k)
         return cls(problems, np.full(shape, np.nan), np.zeros(shape, np.int32), np.zeros(shape, np.bool_))
 
+    def add(self, index: int, rows: Sequence[Row]) -> None:
+        """Take in all samples of one problem."""
+        for row in rows:
+            at = index, row["sample"]
+            self.correct[at] = float("nan") if row["correct"] is None else float(row["correct"])
+            self.lengths[at] = row["tokens"]
+            self.truncated[at] = Stop[row["stop"]] in CUT
+            self.kinds[row["kind"]] += 1
+        self.sampled_tokens += rows[0]["tree_tokens"]
+
+    def result(self, name: str, temperature: float) -> SetResult:
+        return SetResult(
+            name=name,
+            ids=tuple(p.id for p in self.problems),
+            temperature=temperature,
+            correct=self.correct,
+            lengths=self.lengths,
+            truncated=self.truncated,
+            kinds=dict(self.kinds),
+            sampled_tokens=self.sampled_tokens,
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class _Graded:
@@ -236,63 +270,90 @@ class _Graded:
     grades: Sequence[Any]
 
 
+Place = tuple[str, str, float]  # set, problem id, temperature
+
+
+def _by_problem(rows: Sequence[Row]) -> dict[Place, list[Row]]:
+    places: dict[Place, list[Row]] = {}
+    for row in rows:
+        places.setdefault((row["set"], row["id"], float(row["temperature"])), []).append(row)
+    return places
+
+
+def complete(rows: Sequence[Row], k: int) -> list[Row]:
+    """Those rows of an interrupted evaluation that belong to problems with all k samples (of a greedy problem: its one)."""
+    whole = [group for (_, _, temperature), group in _by_problem(rows).items() if len(group) == (k if temperature > 0 else 1)]
+    return [row for group in whole for row in group]
+
+
 def _evaluate(
-    sampler: Chains,
+    sampler: Sampler,
     backend: Backend,
     tokenizer: Any,
     suite: Suite,
     template: str,
     grader: Grades,
     seed: int,
+    known: Mapping[Place, Sequence[Row]],
     sink: Sink | None,
     count: _Count,
 ) -> dict[str, SetResult]:
-    tallies = {name: _Tally.of(problems, sampler.group_size) for name, problems in suite.items()}
-    for graded in _graded(sampler, backend, tokenizer, suite, template, grader, seed):
-        tally = tallies[graded.name]
-        tree, problem = graded.tree, tally.problems[graded.index]
-        lengths, stops = tree.response_lengths(), tree.stop[tree.leaves]
-        tally.lengths[graded.index] = lengths
-        tally.truncated[graded.index] = np.isin(stops, [int(stop) for stop in CUT])
-        tally.sampled_tokens += tree.sampled_tokens
-        for i, (text, grade) in enumerate(zip(graded.texts, graded.grades, strict=True)):
-            correct = float("nan") if grade.correct is None else float(grade.correct)
-            tally.correct[graded.index, i] = correct
-            tally.kinds[str(grade.kind)] += 1
-            if sink is not None:
-                sink(
-                    {
-                        "set": graded.name,
-                        "id": problem.id,
-                        "sample": i,
-                        "temperature": sampler.temperature,
-                        "correct": None if np.isnan(correct) else bool(correct),
-                        "kind": str(grade.kind),
-                        "tokens": int(lengths[i]),
-                        "stop": Stop(int(stops[i])).name,
-                        "gold": problem.answer,
-                        "response": text,
-                    }
-                )
-        count.add(len(graded.texts))
-    return {
-        name: SetResult(
-            name=name,
-            ids=tuple(p.id for p in tally.problems),
-            temperature=sampler.temperature,
-            correct=tally.correct,
-            lengths=tally.lengths,
-            truncated=tally.truncated,
-            kinds=dict(tally.kinds),
-            sampled_tokens=tally.sampled_tokens,
-        )
-        for name, tally in tallies.items()
-    }
+    k, temperature = sampler.leaves_per_tree, sampler.sampling.temperature
+    tallies = {name: _Tally.of(problems, k) for name, problems in suite.items()}
+    missing: list[tuple[str, int]] = []
+    for name, problems in suite.items():
+        for index, problem in enumerate(problems):
+            rows = known.get((name, problem.id, temperature))
+            if rows is None:
+                missing.append((name, index))
+            else:
+                tallies[name].add(index, rows)
+                count.add(len(rows))
+    for graded in _graded(sampler, backend, tokenizer, suite, missing, template, grader, seed):
+        rows = _rows(graded, suite[graded.name][graded.index], temperature)
+        if len(rows) != k:
+            raise RuntimeError(f"problem {rows[0]['id']} got {len(rows)} responses from sampler {sampler.name}, not {k}")
+        tallies[graded.name].add(graded.index, rows)
+        if sink is not None:
+            for row in rows:
+                sink(row)
+        count.add(k)
+    return {name: tally.result(name, temperature) for name, tally in tallies.items()}
 
 
-def _graded(sampler: Chains, backend: Backend, tokenizer: Any, suite: Suite, template: str, grader: Grades, seed: int) -> Iterator[_Graded]:
-    """Trees as they are graded: while some are being graded, others are sampled."""
-    places = [(name, index) for name, problems in suite.items() for index in range(len(problems))]
+def _rows(graded: _Graded, problem: Problem, temperature: float) -> list[Row]:
+    tree = graded.tree
+    lengths, stops = tree.response_lengths().tolist(), tree.stop[tree.leaves].tolist()
+    return [
+        {
+            "set": graded.name,
+            "id": problem.id,
+            "sample": i,
+            "temperature": temperature,
+            "correct": None if grade.correct is None or grade.correct != grade.correct else bool(grade.correct),
+            "kind": str(grade.kind),
+            "tokens": lengths[i],
+            "tree_tokens": tree.sampled_tokens,
+            "stop": Stop(stops[i]).name,
+            "answer": last_boxed(text),
+            "gold": problem.answer,
+            "response": text,
+        }
+        for i, (text, grade) in enumerate(zip(graded.texts, graded.grades, strict=True))
+    ]
+
+
+def _graded(
+    sampler: Sampler,
+    backend: Backend,
+    tokenizer: Any,
+    suite: Suite,
+    places: Sequence[tuple[str, int]],
+    template: str,
+    grader: Grades,
+    seed: int,
+) -> Iterator[_Graded]:
+    """Trees of the problems at `places` as they are graded: while some are being graded, others are sampled."""
     prompts = [Prompt(f"{name}/{suite[name][index].id}", render(template, suite[name][index], tokenizer)) for name, index in places]
     pending: deque[tuple[str, int, Tree, Sequence[str], Any]] = deque()
 
