@@ -20,6 +20,7 @@ import tyro
 from . import registry
 from .algorithm import options
 from .config import PLUGGABLE, RunConfig, build, chosen_names, presets, read_preset, read_toml
+from .errors import one_line
 from .store.runs import RunFolder
 
 USAGE = 2  # exit status of bad input, as argparse's
@@ -58,12 +59,6 @@ def _complain(message: str, status: int) -> int:
         traceback.print_exc()
     print(f"rlzoo: {message}", file=sys.stderr)
     return status
-
-
-def one_line(error: BaseException) -> str:
-    """What an error says, in one line; of an OSError the file and what is wrong with it."""
-    said = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename and error.strerror else str(error)
-    return " ".join(said.split()) or type(error).__name__
 
 
 def _overview() -> str:
@@ -137,8 +132,9 @@ def _parse(target: Any, prog: str, argv: Sequence[str], **options: Any) -> Any:
     except SystemExit as error:
         if not error.code:
             raise
-    lines = [line.strip("│ ") for line in box.getvalue().splitlines()[1:]]
-    said = " ".join(lines[: next((i for i, line in enumerate(lines) if line.startswith(("─", "╰"))), None)])
+    lines = [line.strip(" │") for line in box.getvalue().splitlines()[1:]]  # without the title
+    texts = [bool(line.strip("─-╰╯")) for line in lines]  # or a rule, of characters that depend on the terminal's encoding
+    said = " ".join(takewhile(lambda line: line.strip("─-╰╯"), lines[texts.index(True) :]))
     if found := re.match(r"Error parsing (--\S+):", said):  # the reason is Python's; better: what stands there, and what should
         flag = found[1]
         expected = next((line.removeprefix(flag).strip() for line in lines if line.startswith(f"{flag} ")), "another value")

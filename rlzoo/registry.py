@@ -48,5 +48,5 @@ def plugin(reference: str, what: str) -> Any:
         raise ValueError(f"{what} {reference!r} is neither a known name nor of the form package.module:function")
     try:
         return entry.load()
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"{what} {reference!r} cannot be loaded: {error}") from error
+    except Exception as error:  # importing runs the user's module, which may raise anything
+        raise ValueError(f"{what} {reference!r} cannot be loaded: {type(error).__name__}: {error}") from error

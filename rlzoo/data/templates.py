@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from .. import registry
@@ -83,13 +83,42 @@ def render(template: str, problem: Problem, tokenizer: Any) -> list[int]:
     """Token ids of the prompt, int list. BOS stands in front once if the tokenizer wants one; an EOS never follows.
 
     Raises:
-        ValueError: unknown template, a template unfit for this tokenizer, or an empty prompt.
+        ValueError: unknown template, one that fails or is unfit for this tokenizer, or an empty prompt.
     """
-    made = find_template(template)(problem, tokenizer)
-    ids = _encode(made, tokenizer) if isinstance(made, str) else [int(t) for t in made]
+    function = find_template(template)
+    try:
+        made = function(problem, tokenizer)
+        ids = _encode(made, tokenizer) if isinstance(made, str) else [int(t) for t in made]
+    except ValueError:
+        raise
+    except Exception as error:  # a plug-in's code, whatever it raises
+        raise ValueError(f"template {template!r} fails on problem {problem.id!r}: {type(error).__name__}: {error}") from error
     if not ids:
         raise ValueError(f"template {template!r} makes an empty prompt of problem {problem.id!r}")
     return ids
+
+
+def fitting(problems: Sequence[Problem], template: str, tokenizer: Any, *, room: int, at_most: int = 0) -> tuple[list[Problem], int]:
+    """The problems whose prompts have `at_most` tokens (0: all of them), and the length of the longest prompt among them.
+
+    Raises:
+        ValueError: a prompt does not fit into the `room` that responses leave of the context, or every problem is left out.
+    """
+    kept, longest = [], 0
+    for problem in problems:
+        length = len(render(template, problem, tokenizer))
+        if at_most and length > at_most:
+            continue
+        if length > room:
+            raise ValueError(
+                f"problem {problem.id!r} has a prompt of {length} tokens, but beside the longest response the context has room for "
+                f"{max(0, room)}; allow shorter responses, or leave long prompts out with --max-prompt-tokens"
+            )
+        kept.append(problem)
+        longest = max(longest, length)
+    if problems and not kept:
+        raise ValueError(f"all {len(problems)} problems have prompts longer than --max-prompt-tokens {at_most}")
+    return kept, longest
 
 
 def _encode(text: str, tokenizer: Any) -> list[int]:

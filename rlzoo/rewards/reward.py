@@ -56,6 +56,9 @@ class PluginReward:
     """A function of [(problem, response text)] that returns as many verdicts, booleans or numbers.
 
     A number is the reward itself and counts as right if it is above 0; NaN means that grading failed.
+
+    Raises (from `collect`):
+        RuntimeError: the function raised, or returned something else.
     """
 
     def __init__(self, function: Callable[[Sequence[Item]], Sequence[Any]], name: str) -> None:
@@ -65,13 +68,25 @@ class PluginReward:
         return items
 
     def collect(self, ticket: Sequence[Item]) -> list[Grade]:
-        values = list(self._function(list(ticket)))
+        try:
+            values = list(self._function(list(ticket)))
+        except Exception as error:  # the user's code, whatever it raises
+            raise RuntimeError(f"reward {self._name} failed: {type(error).__name__}: {error}") from error
         if len(values) != len(ticket):
             raise RuntimeError(f"reward {self._name} returned {len(values)} values for {len(ticket)} responses")
+        for value in values:
+            if not _is_grade(value):
+                raise RuntimeError(f"reward {self._name} returned {value!r:.60}; allowed are verdicts, booleans and finite numbers or NaN")
         return [grade_of(v) for v in values]
 
     def close(self) -> None:
         pass
+
+
+def _is_grade(value: Any) -> bool:
+    if isinstance(value, bool | int | float | np.number | np.bool_):
+        return not np.isinf(value)
+    return hasattr(value, "correct") and hasattr(value, "kind")
 
 
 def grade_of(value: Any) -> Grade:
@@ -95,4 +110,7 @@ def open_reward(name: str) -> Reward:
     """
     if name == "math":
         return MathReward()
-    return PluginReward(registry.plugin(name, "reward"), name)
+    function = registry.plugin(name, "reward")
+    if not callable(function):
+        raise ValueError(f"reward {name!r} is not a function of [(problem, response text)]")
+    return PluginReward(function, name)

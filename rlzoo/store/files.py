@@ -5,7 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -31,6 +31,11 @@ def aside(target: Path) -> Iterator[Path]:
             shutil.rmtree(target)  # rename() replaces a file, but no folder with something in it
         partial.replace(target)
         _to_disk(target.parent)
+    except OSError as error:
+        remove(partial)
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, os.strerror(error.errno), str(target)) from error  # some writers do not say which file it was
     except BaseException:
         remove(partial)
         raise
@@ -57,12 +62,36 @@ def remove_partials(folder: Path) -> None:
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Have `folder` (made if need be) to oneself for a while. The kernel gives it back when the process ends, however it ends.
+def taken_back(folder: Path, made: Sequence[Path]) -> Iterator[Callable[[], None]]:
+    """A function to call once what is in `folder` is to stay. An error before that removes all that is in it, and the folders
+    `made` for it; a kill or an interrupt removes nothing. To be used under the folder's lock: nothing of another process goes."""
+    stays = False
+
+    def stay() -> None:
+        nonlocal stays
+        stays = True
+
+    try:
+        yield stay
+    except Exception:
+        if not stays:
+            for path in folder.iterdir() if folder.is_dir() else ():
+                remove(path)
+            for path in made:
+                if path.is_dir():
+                    path.rmdir()
+        raise
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[list[Path]]:
+    """Have `folder` to oneself for a while; yields those of it and its parents that had to be made, the folder first. The kernel
+    gives it back when the process ends, however it ends.
 
     Raises:
         ValueError: another process has it, or it cannot be made or written.
     """
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         file = (folder / LOCK).open("a+")
@@ -78,7 +107,7 @@ def locked(folder: Path) -> Iterator[None]:
         file.truncate(0)
         file.write(f"{os.getpid()}\n")
         file.flush()
-        yield
+        yield made
 
 
 def _to_disk(path: Path) -> None:

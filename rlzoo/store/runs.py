@@ -59,6 +59,8 @@ class RunFolder:
             ValueError: there is something, or the folder cannot be read.
         """
         try:
+            if folder.exists() and not folder.is_dir():
+                raise ValueError(f"{folder} is a file; a run needs a folder: choose another --out")
             taken = folder.is_dir() and any(p.name != LOCK and not p.name.startswith(PARTIAL) for p in folder.iterdir())
         except OSError as error:
             raise ValueError(f"cannot read the run folder {folder}: {error.strerror or error}") from error
@@ -118,11 +120,22 @@ class RunFolder:
             raise ValueError(f"{self.path} was started with {key} = {old!r}, not {new!r}; --resume goes on with a run as it was started")
 
     def log(self, row: Mapping[str, Any]) -> None:
-        """Append one row to `metrics.jsonl`; it is on disk when this returns."""
-        with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
-            file.write(to_json(row) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        """Append one row to `metrics.jsonl`; it is on disk when this returns.
+
+        Raises:
+            OSError: the disk refuses; the file is as it was.
+        """
+        left = (to_json(row) + "\n").encode()
+        path = self.path / "metrics.jsonl"
+        with path.open("ab", buffering=0) as file:
+            before = file.tell()
+            try:
+                while left:
+                    left = left[file.write(left) :]
+                os.fsync(file.fileno())
+            except OSError as error:
+                file.truncate(before)
+                raise OSError(error.errno, error.strerror, str(path)) from error
 
     def metrics(self) -> list[Row]:
         """All rows of `metrics.jsonl`; a last line cut off by a kill is left out.

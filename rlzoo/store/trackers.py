@@ -5,7 +5,10 @@ from __future__ import annotations
 import math
 import numbers
 import shutil
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -19,19 +22,49 @@ PROJECT = "rlzoo"
 class Trackers:
     """Open trackers; `log` sends one step's numbers to each of them."""
 
-    def __init__(self, trackers: Sequence[Any]) -> None:
-        self._trackers = list(trackers)
+    def __init__(self, trackers: Sequence[Any], folder: Path | None = None) -> None:
+        self._trackers, self._folder = list(trackers), folder or Path()
 
     def log(self, values: Mapping[str, Any], step: int) -> None:
-        """Send numbers, texts left out. Nested tables become `outer/inner`; NaN and infinities are not sent."""
+        """Send numbers, texts left out. Nested tables become `outer/inner`; NaN and infinities are not sent.
+
+        Raises:
+            OSError: what was sent up to now cannot be written.
+        """
         sent = {name: value for name, value in _flat(values) if not isinstance(value, str)}
-        for tracker in self._trackers:
-            tracker.log(sent, step=step)
+        with _writing(self._folder):
+            for tracker in self._trackers:
+                tracker.log(sent, step=step)
 
     def close(self) -> None:
-        """Finish every tracker; idempotent."""
-        while self._trackers:
-            self._trackers.pop().finish()
+        """Finish every tracker; idempotent.
+
+        Raises:
+            OSError: what was sent last cannot be written.
+        """
+        with _writing(self._folder):
+            while self._trackers:
+                self._trackers.pop().finish()
+
+
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:  # TensorBoard's does not say which file it was
+        raise OSError(error.errno, error.strerror or str(error), str(error.filename or folder)) from error
+
+
+@cache
+def _leave_to_caller() -> None:
+    """What happens in TensorBoard's writer thread is raised by the next `log` or `close`; no need to print it there as well."""
+    report = threading.excepthook
+
+    def hook(args: threading.ExceptHookArgs) -> None:
+        if not type(args.thread).__module__.startswith("tensorboard."):
+            report(args)
+
+    threading.excepthook = hook
 
 
 def open_trackers(names: Sequence[str], folder: str | Path, config: Mapping[str, Any], *, after: int | None = None) -> Trackers:
@@ -50,23 +83,25 @@ def open_trackers(names: Sequence[str], folder: str | Path, config: Mapping[str,
         return Trackers([])
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
+    _leave_to_caller()
     run, folder = Path(folder).resolve().name, Path(folder)
     made = []
-    for name in wanted:
-        kind = LOGGER_TYPE_TO_CLASS[name]
-        if name == "tensorboard":
-            if after is None:
-                shutil.rmtree(folder / "tensorboard", ignore_errors=True)
-            tracker = kind("tensorboard", logging_dir=str(folder), purge_step=None if after is None else after + 1)
-        elif name == "mlflow":
-            tracker = kind(experiment_name=PROJECT, run_name=run)
-        else:
-            tracker = kind(PROJECT, name=run)
-        tracker.start()
-        if name != "tensorboard" or after is None:  # TensorBoard has it in the events of the run's first process
-            _store_config(name, tracker, config)
-        made.append(tracker)
-    return Trackers(made)
+    with _writing(folder / "tensorboard"):
+        for name in wanted:
+            kind = LOGGER_TYPE_TO_CLASS[name]
+            if name == "tensorboard":
+                if after is None:
+                    shutil.rmtree(folder / "tensorboard", ignore_errors=True)
+                tracker = kind("tensorboard", logging_dir=str(folder), purge_step=None if after is None else after + 1)
+            elif name == "mlflow":
+                tracker = kind(experiment_name=PROJECT, run_name=run)
+            else:
+                tracker = kind(PROJECT, name=run)
+            tracker.start()
+            if name != "tensorboard" or after is None:  # TensorBoard has it in the events of the run's first process
+                _store_config(name, tracker, config)
+            made.append(tracker)
+    return Trackers(made, folder / "tensorboard")
 
 
 def check_trackers(names: Sequence[str]) -> None:

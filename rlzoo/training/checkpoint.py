@@ -9,7 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,7 +53,8 @@ def save(folder: Path, step: int, model: Any, tokenizer: Any, optimizer: torch.o
     with aside(final) as partial:
         _write_model(partial, model, tokenizer)
         tensors, plain = _split(optimizer.state_dict())
-        save_file(tensors, partial / "optimizer.safetensors")
+        with _plain_errors():
+            save_file(tensors, partial / "optimizer.safetensors")
         sums = {str(p.relative_to(partial)): _sha256(p) for p in sorted(partial.rglob("*")) if p.is_file()}
         (partial / STATE).write_text(json.dumps({**state, "step": step, "optimizer": plain, "sha256": sums}, indent=1))
     return final
@@ -66,8 +68,18 @@ def save_model(folder: Path, model: Any, tokenizer: Any) -> None:
 
 def _write_model(folder: Path, model: Any, tokenizer: Any) -> None:
     folder.mkdir()
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    with _plain_errors():
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+
+@contextmanager
+def _plain_errors() -> Iterator[None]:
+    """A disk that refuses is an OSError, also where Rust code finds it out."""
+    try:
+        yield
+    except SafetensorError as error:
+        raise OSError(f"cannot write a checkpoint: {error}") from error
 
 
 def newest(folder: Path, model: Any, message: Callable[[str], None]) -> Saved | None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import copy
 import os
 import shlex
-import shutil
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,14 +21,15 @@ from ..credit.base import Credit
 from ..data.loading import load_problems
 from ..data.problems import Problem
 from ..data.stream import ProblemStream
-from ..data.templates import render
+from ..data.templates import fitting, render
+from ..errors import one_line
 from ..report.progress import Progress
 from ..report.tables import Cost, FinalTable, final_table, print_table
 from ..rewards.reward import open_reward
 from ..sampling.seeds import mix
 from ..store.cost import Ledger
 from ..store.environment import environment
-from ..store.files import locked
+from ..store.files import locked, taken_back
 from ..store.runs import RunFolder
 from ..store.trackers import check_trackers, open_trackers
 from ..store.trees import TreeRecord, write_trees
@@ -59,7 +60,7 @@ def run(config: RunConfig, *, out: Path | None = None, resume: bool = False) -> 
     Raises:
         ValueError: bad input, found before anything slow starts; another process works in the folder; or a run is to be resumed
             with another config than its own.
-        RuntimeError: training could not go on (non-finite loss, grading failed, ...); the last checkpoint is usable.
+        RuntimeError: training could not go on (non-finite loss, grading failed, disk full, ...); the last checkpoint is usable.
         KeyboardInterrupt: by Ctrl-C or SIGTERM; says how to go on.
     """
     check_trackers(config.trackers)
@@ -68,24 +69,26 @@ def run(config: RunConfig, *, out: Path | None = None, resume: bool = False) -> 
         return _finished(path, summary)
     problems = load_problems(config.problems)
     dev = load_problems(config.evaluation.dev, limit=config.evaluation.dev_problems) if config.evaluation.every else []
-    with Interrupts() as interrupts, locked(path):
+    again = f"rlzoo run --resume --out {shlex.quote(str(path))}"
+    with Interrupts() as interrupts, locked(path) as made, taken_back(path, made) as stays:
+        if resume:
+            stays()
         folder = RunFolder(path) if resume else RunFolder.create(path, config.to_dict())
         try:
+            torch.set_num_threads(config.backend.threads or os.cpu_count() or 1)
+            loaded = load_model(config.model, dtype=config.backend.dtype, device=config.backend.device)
+            trainer = Trainer(config, folder, loaded, problems, dev, resume=resume)
+            stays()  # until here nothing has happened, and what is there would block the corrected command
             try:
-                torch.set_num_threads(config.backend.threads or os.cpu_count() or 1)
-                loaded = load_model(config.model, dtype=config.backend.dtype, device=config.backend.device)
-                trainer = Trainer(config, folder, loaded, problems, dev, resume=resume)
-            except Exception:
-                if not resume:
-                    shutil.rmtree(path)  # nothing has happened in it yet, and it would block the corrected command
-                raise
-            try:
-                trainer.train(interrupts)
-                return Run(path, trainer.finish())
-            finally:
-                trainer.close()
+                with closing(trainer):
+                    trainer.train(interrupts)
+                    return Run(path, trainer.finish())
+            except (OSError, ValueError, RuntimeError) as error:
+                said = one_line(error)
+                where = "" if said.startswith("step ") else f"after step {trainer.step}: "
+                raise RuntimeError(f"{where}{said}; once that is mended, go on with {again}") from error
         except KeyboardInterrupt as error:
-            raise KeyboardInterrupt(f"interrupted; to go on: rlzoo run --resume --out {shlex.quote(str(path))}") from error
+            raise KeyboardInterrupt(f"interrupted; to go on: {again}") from error
 
 
 def _place(config: RunConfig, out: Path | None, resume: bool) -> Path:
@@ -132,15 +135,17 @@ class Trainer:
         self.scheduler = make_scheduler(self.optimizer, self.algorithm.optim, self._updates)
         self.reference = copy.deepcopy(self.model).requires_grad_(False) if "ref_logprobs" in self.algorithm.loss.needs else None
         self.backend = open_backend(config.backend, self.model, loaded.tokenizer, loaded.device)
-        longest = self._longest_path(problems)
+        self.progress = Progress(max(1, self.algorithm.schedule.steps))
         self.reward = open_reward(config.reward)
+        problems, longest = self._fitting(problems, "training", self.algorithm.sampler.max_response_tokens, config.max_prompt_tokens)
         self.stream = ProblemStream(problems, seed=config.seed)
         self.collector = Collector(
             self.algorithm, self.backend, self.reward, self.stream, template=config.template, seed=config.seed, ledger=self.ledger
         )
-        self.dev = list(dev)
-        self.progress = Progress(max(1, self.algorithm.schedule.steps))
+        self.dev, _ = self._fitting(dev, "dev", config.evaluation.max_response_tokens, config.max_prompt_tokens)
         self.measurer = Measurer(config, self.backend, self.reward, self.ledger, folder, self.progress)
+        for name, testset in self.measurer.suite.items():
+            self._fitting(testset, name, config.evaluation.max_response_tokens, 0)
         self.layout = self._layout(longest)
         self.token_budget = config.update.token_budget
         restored = resume and self._restore()
@@ -151,23 +156,17 @@ class Trainer:
         schedule = self.algorithm.schedule
         return schedule.steps * schedule.mini_batches * schedule.epochs
 
-    def _longest_path(self, problems: Sequence[Problem]) -> int:
-        """Tokens of the longest prompt and response together.
+    def _fitting(self, problems: Sequence[Problem], what: str, response_tokens: int, at_most: int) -> tuple[list[Problem], int]:
+        """The problems whose prompts are not longer than `at_most` (0: all), and the tokens of the longest prompt and response.
 
         Raises:
-            ValueError: they do not fit the context; names the problem.
+            ValueError: see `fitting`.
         """
-        response = self.algorithm.sampler.max_response_tokens
-        longest = 0
-        for problem in problems:
-            length = len(render(self.config.template, problem, self.backend.tokenizer))
-            if length + response > self.backend.max_context:
-                raise ValueError(
-                    f"problem {problem.id!r} has a prompt of {length} tokens; with responses of up to {response} "
-                    f"the context of {self.backend.max_context} allows {self.backend.max_context - response}"
-                )
-            longest = max(longest, length)
-        return longest + response
+        room = self.backend.max_context - response_tokens
+        kept, longest = fitting(problems, self.config.template, self.backend.tokenizer, room=room, at_most=at_most)
+        if len(kept) < len(problems):
+            self.progress.note(f"{len(problems) - len(kept)} of {len(problems)} {what} problems left out: prompts over {at_most} tokens")
+        return kept, longest + response_tokens
 
     def _layout(self, longest_path: int) -> str:
         reason = exactness(self.model, longest_path) if self.config.update.layout == "packed" else None

@@ -27,7 +27,7 @@ class Measurer:
     def __init__(self, config: RunConfig, backend: Backend, reward: Reward, ledger: Ledger, folder: RunFolder, progress: Progress) -> None:
         self._config, self._backend, self._reward = config, backend, reward
         self._ledger, self._folder, self._progress = ledger, folder, progress
-        self._suite = {} if config.evaluation.suite == NONE else load_suite(config.evaluation.suite)
+        self.suite = {} if config.evaluation.suite == NONE else load_suite(config.evaluation.suite)
 
     def dev(self, problems: Sequence[Problem], *, step: int) -> dict[str, float]:
         """Pass@1 and mean response length on dev problems, with the interval's half width."""
@@ -45,15 +45,15 @@ class Measurer:
 
         The engine holds the base's weights afterwards.
         """
-        if not self._suite:
+        if not self.suite:
             return {}
         self._progress.note(f"measuring the trained model on {self._config.evaluation.suite} (k = {self._config.evaluation.k})")
         sync.sync(self._backend, model, version=-1)
-        trained = self._evaluate(self._suite, k=self._config.evaluation.k, greedy=True, name="trained")
+        trained = self._evaluate(self.suite, k=self._config.evaluation.k, greedy=True, name="trained")
         self._progress.note("measuring the base model")
         options = self._config.backend
         sync.sync(self._backend, load_model(self._config.model, dtype=options.dtype, device=options.device).model, version=-2)
-        base = self._evaluate(self._suite, k=self._config.evaluation.k, greedy=True, name="base")
+        base = self._evaluate(self.suite, k=self._config.evaluation.k, greedy=True, name="base")
         return {"base": base, "trained": trained}
 
     def _evaluate(self, suite: Mapping[str, Sequence[Problem]], *, k: int, greedy: bool, name: str | None) -> dict[str, SetResult]:

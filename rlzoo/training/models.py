@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Collection
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 EMBEDDED = "tiny"
+
+PROBES = (
+    "Let $x_1=1{,}234.5$ and \\frac{3}{4}; it's  DON'T\tdo 007.\n\n  So 62-11+39=90?\r\n",
+    "ﬁ ½ Ångström, e\u0301té, 中文, 🙂",
+    "<|im_start|>user\nHi <|im_end|>\n<|endoftext|>",
+)
+"""Texts on which tokenizers that cut text differently differ: digits, contractions, spaces, line ends, letters, special tokens."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,62 +38,109 @@ def pick_device(device: str) -> str:
     """A torch device string; "auto" is the first GPU, or the CPU.
 
     Raises:
-        ValueError: a GPU is asked for and there is none.
+        ValueError: unknown device, or a GPU that is not there.
     """
     import torch
 
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"backend.device = {device!r}, but this machine has no usable GPU; allowed here: auto, cpu")
+        return "cuda" if count else "cpu"
+    allowed = ["cpu", *(["cuda"] if count else []), *(f"cuda:{i}" for i in range(count))]
+    if device not in allowed:
+        lacking = ", but this machine has no usable GPU" if device.startswith("cuda") and not count else ""
+        raise ValueError(f"backend.device = {device!r}{lacking}; allowed here: auto, {', '.join(allowed)}")
     return device
 
 
 def load_model(name: str, *, dtype: str, device: str) -> LoadedModel:
-    """Load weights and tokenizer.
+    """Load weights and tokenizer, and check that both are whole and belong together.
 
     Raises:
-        ValueError: no such model, no weights, or no tokenizer there.
+        ValueError: no such model, no or broken weights, no tokenizer there, or an unknown device.
     """
     import torch
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
+    where = pick_device(device)
     source = resolve(name)
     tokenizer = load_tokenizer(name)
     logging.disable_progress_bar()
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()  # its report of weights that are missing is a sentence below
     try:
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=getattr(torch, dtype))
-    except (OSError, ValueError, KeyError) as error:
+        model, report = AutoModelForCausalLM.from_pretrained(source, dtype=getattr(torch, dtype), output_loading_info=True)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"model {name!r} cannot be loaded: {_first_line(error)}") from error
-    where = pick_device(device)
+    finally:
+        logging.set_verbosity(before)
+    _check_weights(name, model, report["missing_keys"])
+    _check_vocabulary(name, model, tokenizer)
     return LoadedModel(model.to(where).eval(), tokenizer, source, where)
 
 
+def _check_weights(name: str, model: Any, missing: Collection[str]) -> None:
+    if missing:  # transformers would go on with random numbers
+        raise ValueError(f"model {name!r} has no weights for {sorted(missing)[0]} ({len(missing)} tensors are missing)")
+    for tensor, weight in model.named_parameters():
+        if not weight.isfinite().all():
+            raise ValueError(f"model {name!r} has weights that are not finite (NaN or infinite) in {tensor}")
+
+
+def _check_vocabulary(name: str, model: Any, tokenizer: Any) -> None:
+    rows = int(model.get_output_embeddings().weight.shape[0])
+    last = max(tokenizer.get_vocab().values())
+    if last >= rows:
+        raise ValueError(f"model {name!r} has an embedding of {rows} rows, too few for the ids of its tokenizer, which go up to {last}")
+
+
 def load_tokenizer(name: str) -> Any:
-    """The tokenizer of a model.
+    """The tokenizer of a model. Of a local folder with a tokenizer.json it makes exactly the ids that this file says.
 
     Raises:
         ValueError: no such model, or no tokenizer there.
     """
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     source = resolve(name)
     local = Path(source)
     if local.exists() or source.startswith((".", "/", "~")):
         _check_folder(name, local)
     try:
-        return AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError, KeyError) as error:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        if not _follows(tokenizer, local / "tokenizer.json"):  # transformers reads every qwen2 folder as if it were Qwen2's own
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(source)
+    except Exception as error:  # the Rust part raises bare exceptions; whatever it is, the files are not a tokenizer
         raise ValueError(f"model {name!r}: no usable tokenizer ({_first_line(error)})") from error
+    if not _follows(tokenizer, local / "tokenizer.json"):
+        raise ValueError(f"model {name!r}: transformers reads its tokenizer.json as another tokenizer than it is; expected the same ids")
+    return tokenizer
+
+
+def _follows(tokenizer: Any, file: Path) -> bool:
+    """Whether `tokenizer` gives the ids of tokenizer.json; True where there is no such file."""
+    from tokenizers import Tokenizer
+
+    if not file.is_file():
+        return True
+    own = Tokenizer.from_file(str(file))
+    if not own.get_vocab(with_added_tokens=True).items() <= tokenizer.get_vocab().items():
+        return False
+    return all(own.encode(text, add_special_tokens=False).ids == tokenizer.encode(text, add_special_tokens=False) for text in PROBES)
 
 
 def _check_folder(name: str, folder: Path) -> None:
     if not folder.is_dir():
         raise ValueError(f"model folder {name!r} does not exist")
-    if not (folder / "config.json").is_file():
+    config = folder / "config.json"
+    if not config.is_file():
         raise ValueError(f"model folder {name!r} has no config.json; expected a folder as written by save_pretrained")
-    if not any((folder / f).is_file() for f in ("tokenizer.json", "tokenizer_config.json", "vocab.json", "tokenizer.model")):
+    try:
+        json.loads(config.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{config} is not JSON: {error}") from error
+    if not any((folder / f).is_file() for f in ("tokenizer.json", "vocab.json", "tokenizer.model")):
         raise ValueError(f"model folder {name!r} has no tokenizer (tokenizer.json); save the model's tokenizer beside it")
 
 

@@ -1,9 +1,11 @@
 """Layers of configuration, strictness, and the two-pass command line."""
 
+import io
+
 import pytest
 
 from rlzoo import registry
-from rlzoo.cli import parse_run
+from rlzoo.cli import main, parse_run
 from rlzoo.config import build, presets, read_toml
 from rlzoo.store.toml import dump_toml
 
@@ -53,7 +55,9 @@ def test_parts_cross_by_flag():
         ('algo = "grpo"\n[filter]\ndrop_dead = 1', r"c.toml: filter.drop_dead = 1 is not true or false"),
         ('algo = "grpo"\noptim = 3', r"c.toml: optim = 3 must be a table of options"),
         ('algo = "grpo"\n[optim]\nlr = -1.0', r"c.toml: lr is -1.0; it must be"),
-        ('algo = "grpo"\n[credit]\nname = "nosuch"', r"unknown credit 'nosuch'; known: group"),
+        ('algo = "grpo"\n[credit]\nname = "nosuch"', r"unknown credit 'nosuch'; known: "),
+        ('algo = "grpo"\nseed = -1', r"seed is -1; it must be at least 0"),
+        ('algo = "grpo"\n[backend]\nthreads = -1', r"c.toml: backend.threads is -1; it must be at least 0"),
         ("algo = ", r"c.toml is not TOML"),
     ],
 )
@@ -87,8 +91,21 @@ def test_missing_files_and_presets_are_named(tmp_path):
     [
         (["--optim.learning-rate", "1"], r"unknown option '--optim.learning-rate'; did you mean --optim\.\S+"),
         (["--zzz", "3"], "unknown option '--zzz'; `rlzoo run --help` lists what is allowed"),
+        (["--seed", "1", "--seed", "abc"], "^--seed abc is not allowed; expected INT$"),
+        (["--schedule.steps=abc"], "^--schedule.steps abc is not allowed; expected INT$"),
+        (["--schedule.steps", "-1"], "^schedule.steps = -1 is too small$"),
+        (["--backend.dtype", "float8"], r"^invalid choice 'float8' for argument '--backend.dtype'. Expected one of \('float32', .*\).$"),
+        (["--resume=3"], "^argument --resume: ignored explicit argument '3'$"),
     ],
 )
-def test_unknown_flags_are_one_sentence(flags, message):
-    with pytest.raises(ValueError, match=message):
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_mistakes_in_flags_are_one_sentence_in_any_terminal(flags, message, encoding, monkeypatch):
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(io.BytesIO(), encoding=encoding))  # decides how the parser draws
+    with pytest.raises(ValueError, match=message) as caught:
         parse_run(["--algo", "grpo", *flags])
+    assert "\n" not in str(caught.value)
+
+
+def test_a_verb_that_fails_says_so_once(capsys):
+    assert main(["show"]) == 2 and capsys.readouterr().err == "rlzoo: Missing from rlzoo show: PATH run (required)\n"
+    assert main(["tiny", "build", "--steps", "3"]) == 2 and "--out" in capsys.readouterr().err
