@@ -104,7 +104,8 @@ class FinalTable:
 
 def _read(name: str, value: Any) -> Any:
     if isinstance(value, Mapping):
-        return Estimate(**{k: math.nan if v is None and k in ("mean", "low", "high") else v for k, v in value.items()})
+        fields: dict[str, Any] = {k: math.nan if v is None and k in ("mean", "low", "high") else v for k, v in value.items()}
+        return Estimate(**fields)
     return math.nan if value is None and name in ("length", "truncated", "length_ratio") else value
 
 

@@ -1,9 +1,9 @@
 """A process that runs the command line in forked children and lets them die where it is told to. Used by test_resume.py.
 
-Requests, one JSON object a line on stdin: {"argv", "kill": {"target": "module:Name.attribute", "how", "nth"} or null, "log": file}.
-Answers, one a line on stdout: the child's exit status, negative for a signal. A child dies by a real SIGKILL of itself: `how` is
-"before" or "after" the n-th call of the target, "items": the target is a generator function, after n of its items; "half": the
-target is RunFolder.log, in the middle of the n-th row.
+Requests, one JSON object a line on stdin: {"argv", "log": file, "kill": null or {"target": "module:Name.attribute", "how", "nth",
+"signals"}}. Answers, one a line on stdout: the child's exit status, negative for a signal. The child sends itself the signals (real
+ones, SIGKILL unless given): `how` is "before" or "after" the n-th call of the target, "items": the target is a generator function,
+after n of its items; "half": the target is RunFolder.log, in the middle of the n-th row.
 """
 
 import functools
@@ -22,17 +22,17 @@ def mixed(items):
     return [len(text) % 2 == 0 for _, text in items]
 
 
-def die():
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def patch(target, how, nth):
+def patch(target, how, nth, signals=("SIGKILL",)):
     module, _, name = target.partition(":")
     owner = importlib.import_module(module)
     *path, attribute = name.split(".")
     for part in path:
         owner = getattr(owner, part)
     real, count = getattr(owner, attribute), 0
+
+    def die():
+        for name in signals:
+            os.kill(os.getpid(), signal.Signals[name])
 
     @functools.wraps(real)
     def wrapped(*args, **kwargs):
