@@ -7,12 +7,14 @@ from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
-from ..tree import ROOT, Float64, Int64, Tree
+from ..tree import ROOT, Float64, Int32, Int64, Tree
 from .base import Credit, path_rows
 from .values import mean_of_children
 from .whitening import whiten
 
+Bool = NDArray[np.bool_]
 CHOICES = {
     "weighting": ("average", "group_size"),
     "levels": ("all", "root"),
@@ -90,17 +92,13 @@ class Ancestors:
             mean[ROOT] = 0.0
         weight = size.astype(np.float64) if self.weighting == "group_size" else np.ones(tree.nodes)
         weight[~self._counted(tree, size, mixed)] = 0.0
-        total, centre = weight.copy(), weight * mean
-        for node, parent in enumerate(tree.parent[1:].tolist(), 1):  # parents precede children
-            total[node] += total[parent]
-            centre[node] += centre[parent]
-        leaves = tree.leaves[graded]
-        reward = tree.reward[graded]
-        with np.errstate(invalid="ignore"):
-            relative: Float64 = np.where(total[leaves] > 0, reward - centre[leaves] / total[leaves], 0.0)
+        leaves, parents = tree.leaves[graded], tree.parent
+        total, centre = _down(weight, parents)[leaves], _down(weight * mean, parents)[leaves]
+        grouped = total > 0
+        relative: Float64 = np.where(grouped, tree.reward[graded] - centre / np.where(grouped, total, 1.0), 0.0)
         return relative
 
-    def _counted(self, tree: Tree, size: Int64, mixed: np.ndarray) -> np.ndarray:
+    def _counted(self, tree: Tree, size: Int64, mixed: Bool) -> Bool:
         """Which nodes' groups count, bool [nodes]."""
         counted = size >= (2 if self.level == "leaf" else 1)
         if self.reject_zero_std:
@@ -124,7 +122,15 @@ class Ancestors:
         return replace(credit, advantage=value[credit.node] - before)
 
 
-def _groups(tree: Tree, graded: Int64) -> tuple[Int64, Float64, np.ndarray]:
+def _down(values: Float64, parents: Int32) -> Float64:
+    """Sum of `values` [nodes] over every node and its ancestors."""
+    sums, above = values.tolist(), parents.tolist()
+    for node in range(1, len(sums)):  # parents precede children
+        sums[node] += sums[above[node]]
+    return np.array(sums, np.float64)
+
+
+def _groups(tree: Tree, graded: Int64) -> tuple[Int64, Float64, Bool]:
     """Per node, over the graded leaves at or below it: their number, their mean reward (0 if none), whether rewards differ."""
     enter, leave = tree.intervals
     order = np.argsort(enter[tree.leaves[graded]])
@@ -132,7 +138,7 @@ def _groups(tree: Tree, graded: Int64) -> tuple[Int64, Float64, np.ndarray]:
     first, last = np.searchsorted(position, enter), np.searchsorted(position, leave)  # leaves below a node are neighbours
     size = (last - first).astype(np.int64)
     total = np.concatenate([[0.0], np.cumsum(reward)])
-    changes = np.concatenate([[0], np.cumsum(reward[1:] != reward[:-1]), [0]])  # changes[k]: between the first k + 1 leaves
+    changes = np.concatenate([[0], np.cumsum(reward[1:] != reward[:-1])])  # changes[k]: between the first k + 1 leaves
     mixed = (size > 1) & (changes[np.maximum(last - 1, 0)] > changes[np.minimum(first, len(reward) - 1)])
     mean = (total[last] - total[first]) / np.maximum(size, 1)
     return size, mean, mixed

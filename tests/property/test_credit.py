@@ -8,8 +8,10 @@ from numpy.testing import assert_allclose
 
 from rlzoo import registry
 from rlzoo.algorithm import load
+from rlzoo.credit.ancestors import Ancestors
 from rlzoo.credit.values import mean_of_children
 from rlzoo.tree import ROOT, Segment, Tree
+from tests.released import leaf_advantages, segment_advantages
 
 BINARY = st.sampled_from([0.0, 1.0])
 
@@ -92,3 +94,93 @@ def test_value_is_the_mean_of_the_children(tree):
     for node in range(tree.nodes):
         if tree.children(node):
             assert value[node] == pytest.approx(np.mean([value[c] for c in tree.children(node)]))
+
+
+def leaf_values(credit):
+    """Advantage per leaf of a leaf-level credit, {leaf: advantage}; it must be the same on the whole path."""
+    values: dict[int, float] = {}
+    for r, a in zip(credit.row, credit.advantage, strict=True):
+        assert values.setdefault(int(credit.row_leaf[r]), a) == a
+    return values
+
+
+def as_released(tree: Tree, name: str) -> list[tuple[str, float]]:
+    return [("#".join([name, *map(str, tree.path(int(n)))]), float(r)) for n, r in zip(tree.leaves, tree.reward, strict=True)]
+
+
+batches = st.lists(trees(rewards=st.sampled_from([-1.0, 0.0, 0.3, 1.0])), min_size=1, max_size=4)
+options = st.fixed_dictionaries(
+    {
+        "weighting": st.sampled_from(["average", "group_size"]),
+        "repeat_groups": st.booleans(),
+        "reject_zero_std": st.booleans(),
+        "include_root": st.booleans(),
+    }
+)
+
+
+@given(batch=batches, chosen=options)
+def test_ancestors_equal_the_released_arithmetic(batch, chosen):
+    leaves = [leaf for i, tree in enumerate(batch) for leaf in as_released(tree, f"q{i}")]
+    short = {"weighting": "weighting", "repeat_groups": "repeat", "reject_zero_std": "reject", "include_root": "root"}
+    ours = [a for credit in Ancestors(**chosen, whitening="none")(batch) for _, a in sorted(leaf_values(credit).items())]
+    assert_allclose(ours, leaf_advantages(leaves, **{short[k]: v for k, v in chosen.items()}), atol=1e-12)
+
+
+@given(batch=batches, eta=st.sampled_from([0.0, 0.5, 1.0]))
+def test_ancestors_by_segment_equal_the_released_arithmetic(batch, eta):
+    leaves = [leaf for i, tree in enumerate(batch) for leaf in as_released(tree, f"q{i}")]
+    credits = Ancestors(level="segment", weighting="group_size", repeat_groups=True, eta=eta, whitening="none")(batch)
+    ours = [
+        credit.dense()[i, tree.path(int(leaf))] for tree, credit in zip(batch, credits, strict=True) for i, leaf in enumerate(tree.leaves)
+    ]
+    for own, wanted in zip(ours, segment_advantages(leaves, eta=eta), strict=True):
+        assert_allclose(own, wanted, atol=1e-12)
+
+
+@given(tree=trees(rewards=st.floats(-1, 1)))
+def test_each_group_of_leaves_sums_to_zero(tree):
+    """A leaf's weights differ from its neighbour's, so that only single groups cancel: the root's, and every pair of leaves that
+    are alone below one parent, against that parent's group."""
+    if len(tree.leaves) > 1:
+        assert sum(leaf_values(Ancestors(levels="root", whitening="none")([tree])[0]).values()) == pytest.approx(0, abs=1e-9)
+    both, root = (leaf_values(Ancestors(levels=levels, whitening="none")([tree])[0]) for levels in ("all", "root"))
+    index = {int(leaf): i for i, leaf in enumerate(tree.leaves)}
+    for node in range(1, tree.nodes):
+        group = [index[int(leaf)] for leaf in tree.leaves_below(node)]
+        if len(group) > 1 and all(tree.parent[tree.leaves[i]] == node for i in group) and tree.parent[node] == ROOT:
+            weight = 1 if len(group) == len(index) else 2  # the root's group again: once
+            assert sum(both[i] * weight - root[i] for i in group) == pytest.approx(0, abs=1e-9)
+
+
+@given(batch=batches, level=st.sampled_from(["leaf", "segment"]))
+def test_whitened_tokens_have_mean_zero_and_variance_one(batch, level):
+    raw, final = (Ancestors(level=level, whitening=how)(batch) for how in ("none", "batch"))
+    before, after = (np.concatenate([np.repeat(c.advantage, c.stop - c.start) for c in credits]) for credits in (raw, final))
+    if len(before) == 0:
+        return
+    assert after.mean() == pytest.approx(0, abs=1e-9)
+    if len(before) > 1 and before.var() > 1e-4:  # so that the 1e-8 in the root is below 1e-4 of it
+        assert after.var(ddof=1) == pytest.approx(1, abs=1e-4)
+        assert_allclose(np.argsort(after, kind="stable"), np.argsort(before, kind="stable"))
+
+
+@given(batch=st.lists(trees(), min_size=1, max_size=4), chosen=options, level=st.sampled_from(["leaf", "segment"]))
+def test_right_and_wrong_as_0_1_or_as_plus_minus_1_give_the_same_credit(batch, chosen, level):
+    """A single leaf keeps its reward, as released, and is the exception."""
+    batch = [tree for tree in batch if len(tree.leaves) > 1]
+    signed = [tree.with_rewards({int(n): 2 * float(r) - 1 for n, r in zip(tree.leaves, tree.reward, strict=True)}) for tree in batch]
+    ours, other = (Ancestors(**chosen, level=level)(b) for b in (batch, signed))
+    raw = Ancestors(**chosen, level=level, whitening="none")(batch)
+    tokens = np.concatenate([np.zeros(0), *(np.repeat(c.advantage, c.stop - c.start) for c in raw)])
+    if len(tokens) > 1 and tokens.var(ddof=1) > 1e-4:
+        for a, b in zip(ours, other, strict=True):
+            assert_allclose(a.advantage, b.advantage, rtol=1e-4, atol=1e-9)
+
+
+@given(tree=trees(rewards=st.sampled_from([-1.0, 0.0, 1.0])), chosen=options, shift=st.floats(-3, 3))
+def test_a_constant_added_to_all_rewards_changes_nothing(tree, chosen, shift):
+    if len(tree.leaves) > 1:
+        shifted = tree.with_rewards({int(n): float(r) + shift for n, r in zip(tree.leaves, tree.reward, strict=True)})
+        a, b = (Ancestors(**chosen | {"reject_zero_std": False}, whitening="none")([t])[0] for t in (tree, shifted))
+        assert_allclose(a.advantage, b.advantage, atol=1e-9)
