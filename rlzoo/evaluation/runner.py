@@ -50,7 +50,8 @@ class SetResult:
 
     `correct` float64 [problems, k]: 1 right, 0 wrong, NaN where grading failed (left out of every mean, and counted in
     `failed`); `lengths` int32 [problems, k] response tokens; `truncated` bool [problems, k]; `kinds` counts verdicts;
-    `sampled_tokens` of these k samples. `greedy` is the same set decoded greedily (k = 1), where asked for.
+    `sampled_tokens` of these k samples. `votes` float64 [problems], where they were counted: the chance that the majority vote of
+    a problem's samples is right. `greedy` is the same set decoded greedily (k = 1), where asked for.
     """
 
     name: str
@@ -62,6 +63,7 @@ class SetResult:
     kinds: Mapping[str, int]
     sampled_tokens: int
     greedy: SetResult | None = None
+    votes: Float64 | None = None
 
     @property
     def n(self) -> int:
@@ -105,10 +107,24 @@ class SetResult:
         Raises:
             ValueError: no problem has k graded samples.
         """
-        enough = self.graded >= k
-        if not enough.any():
+        values = self.pass_values(k)
+        if not len(values):
             raise ValueError(f"pass@{k} on {self.name}: no problem has {k} graded samples")
-        return clustered_mean(np.asarray(pass_at_k(self.graded[enough], self.right[enough], k)))
+        return clustered_mean(values)
+
+    def pass_values(self, k: int) -> Float64:
+        """Unbiased pass@k of each problem with at least k graded samples."""
+        enough = self.graded >= k
+        return np.asarray(pass_at_k(self.graded[enough], self.right[enough], k), np.float64)
+
+    @property
+    def maj_at_k(self) -> Estimate | None:
+        """Mean over problems of `votes`, with a clustered t interval; None where no votes were counted."""
+        return None if self.votes is None else clustered_mean(self.votes)
+
+    def rate(self, kind: str) -> float:
+        """Share of samples with this kind of verdict."""
+        return self.kinds.get(kind, 0) / self.correct.size
 
     @property
     def length(self) -> dict[str, float]:
@@ -122,25 +138,31 @@ class SetResult:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data for a result row: the metrics with their intervals and the counts per problem that they come from."""
-        row: dict[str, Any] = {
+        return {
             "n": self.n,
             "k": self.k,
             "temperature": self.temperature,
             "pass_at_1": self.pass_at_1.as_dict(),
+            "pass_at": {str(k): self.pass_at(k).as_dict() if len(self.pass_values(k)) else None for k in some_k(self.k)},
+            "maj_at_k": None if self.maj_at_k is None else self.maj_at_k.as_dict(),
+            "greedy": None if self.greedy is None else self.greedy.as_dict(),
             "length": self.length,
             "truncated": self.truncated_rate,
+            "unparsable": self.rate("unparsable"),
+            "timed_out": self.rate("timed_out"),
             "verdicts": dict(sorted(self.kinds.items())),
             "failed": self.failed,
             "sampled_tokens": self.sampled_tokens,
             "problems": list(self.ids),
             "right": self.right.tolist(),
             "graded": self.graded.tolist(),
+            "lengths": self.lengths.mean(axis=1).tolist(),
         }
-        if self.k > 1:
-            row[f"pass_at_{self.k}"] = self.pass_at(self.k).as_dict() if (self.graded >= self.k).any() else None
-        if self.greedy is not None:
-            row["greedy"] = self.greedy.as_dict()
-        return row
+
+
+def some_k(k: int) -> list[int]:
+    """The values of k that pass@k is told for: 2, 4, 8, ... below k, and k; none for k = 1."""
+    return [2**i for i in range(1, k.bit_length()) if 2**i < k] + ([k] if k > 1 else [])
 
 
 def evaluate(
@@ -169,13 +191,15 @@ def evaluate(
     the seed, not of the order in which samples finish.
 
     Raises:
-        ValueError: k < 1, temperature <= 0, an empty set, or a problem too long for the model's context.
+        ValueError: k < 1, a temperature of 0 with k > 1 or with `greedy`, an empty set, or a problem too long for the model's context.
         RuntimeError: a tree of `sampler` has not k leaves.
     """
     if k < 1:
         raise ValueError(f"k = {k}: at least one response per problem is needed")
-    if temperature <= 0:
-        raise ValueError(f"temperature = {temperature}: {k} samples need one above 0; for greedy decoding ask for greedy")
+    if temperature == 0 and (k > 1 or greedy):
+        raise ValueError(
+            f"temperature = 0 is greedy decoding, where {k + greedy} samples would all be the same: use k = 1, or ask for greedy"
+        )
     for name, problems in suite.items():
         if not problems:
             raise ValueError(f"problem set {name!r} is empty")

@@ -113,7 +113,11 @@ def test_pass_at_1_and_pass_at_k():
     assert first.pass_at_1.method == "clustered t"
     assert first.pass_at(8).mean == pytest.approx((first.right > 0).mean())
     row = first.as_dict()
-    assert json.loads(json.dumps(row)) == row and row["pass_at_8"]["mean"] == first.pass_at(8).mean
+    assert (
+        json.loads(json.dumps(row)) == row
+        and row["pass_at"]["8"]["mean"] == first.pass_at(8).mean
+        and list(row["pass_at"]) == ["2", "4", "8"]
+    )
     with pytest.raises(ValueError, match="pass@9 on first: no problem has 9 graded samples"):
         first.pass_at(9)
 
@@ -186,7 +190,8 @@ def test_a_background_grader_is_fed_while_sampling_goes_on():
     ("changes", "message"),
     [
         ({"k": 0}, "k = 0"),
-        ({"temperature": 0.0}, "for greedy decoding ask for greedy"),
+        ({"temperature": 0.0}, "where 8 samples would all be the same: use k = 1, or ask for greedy"),
+        ({"temperature": -1.0}, "temperature is -1.0"),
         ({"suite": {"empty": []}}, "problem set 'empty' is empty"),
         ({"template": "fancy"}, "unknown template"),
         ({"max_response_tokens": 500}, "exceeds the model's context"),
