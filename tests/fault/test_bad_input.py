@@ -447,7 +447,7 @@ def test_a_full_disk_under_tensorboard_which_writes_in_a_thread(command, tmp_pat
     out = tmp_path / "run"
     (tmp_path / "plugin.py").write_text("def mixed(items):\n    return [len(text) % 2 == 0 for _, text in items]\n")
     flags = ["--reward", "plugin:mixed", "--schedule.steps", "16", "--checkpoints.every", "0", "--out", str(out)]
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path), "HOME": "/proc/nobody"}  # where not even root can write: not needed
     argv = [sys.executable, "-c", LIMITED, "14000", *command, *flags]  # its events outgrow all other files
     done = subprocess.run(argv, capture_output=True, text=True, env=environment)
     said = one_sentence(done.stderr)
