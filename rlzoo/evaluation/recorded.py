@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from ..tree import Float64
-from .stats import Estimate, paired_difference, proportion
+from .stats import Estimate, clustered_mean, paired_difference
 
 NEEDED = ("gold", "prediction")
 Grading = Callable[[list[tuple[str, str]]], Sequence[Any]]
@@ -91,10 +91,10 @@ def _result(file: str, model: str, rows: Sequence[Mapping[str, Any]], verdicts: 
     recorded = difference = agree = None
     if all(isinstance(label, bool) for label in labels):
         theirs, _ = _means(problems, [float(label) for label in labels if label is not None])
-        recorded, difference = proportion(theirs, samples), paired_difference(theirs, ours)
+        recorded, difference = clustered_mean(theirs), paired_difference(theirs, ours)
         agree = float(np.mean([c == float(label) for c, label in zip(correct, labels, strict=True) if label is not None]))
     kinds = Counter(str(v.kind) for v in verdicts)
-    estimate = proportion(ours, samples)
+    estimate = clustered_mean(ours)
     return RecordedResult(file, model, len(ours), samples, len(rows), estimate, recorded, difference, agree, dict(sorted(kinds.items())))
 
 

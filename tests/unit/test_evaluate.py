@@ -110,7 +110,7 @@ def test_pass_at_1_and_pass_at_k():
     first = run()["first"]
     assert first.greedy is None
     assert first.pass_at_1.mean == pytest.approx((first.right / 8).mean())
-    assert first.pass_at_1.method == "clustered t"
+    assert first.pass_at_1.method == "clustered logit t"
     assert first.pass_at(8).mean == pytest.approx((first.right > 0).mean())
     row = first.as_dict()
     assert (
