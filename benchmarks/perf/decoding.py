@@ -1,18 +1,22 @@
 """Tokens per second of the torch engine against transformers' `generate`, on ragged responses.
 
-Both sample the same model from the same prompts with the same limits, `capacity` rows at a time; a token counts if it is part
-of a response (up to and including the end-of-text token). Without --model a random Qwen2 model of about a million parameters
-is used whose responses end with probability --end-rate per token. Prints one JSON row.
+    python -m rlzoo.benchmarks.perf.decoding --model rlzoo/assets/tiny --out results/perf/decoding.jsonl
 
-    python benchmarks/perf/decoding.py --problems 64 --group-size 16 --threads 1
+Both sample the same model from the same prompts at temperature 1 with the same limits; a token counts if it is part of a response
+(up to and including the end-of-text token). The engine runs `capacity` rows at once; `generate` (SDPA, dynamic cache, a batch
+ends when its last row has) is measured with each of `--generate-rows` per batch, and the best of them is compared. Arms are
+taken in turn, figures are medians over the repeats. Without --model a random Qwen2 model of about a million parameters is used
+whose responses end with probability --end-rate per token. `tokens_per_cpu_s` (processor time) is the steadier figure on a shared
+machine.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -25,6 +29,8 @@ from rlzoo.sampling.base import Sampler
 from rlzoo.sampling.chains import Chains
 from rlzoo.sampling.grow import Prompt, grow
 from rlzoo.sampling.nary import Nary
+
+from .recording import provenance, record
 
 VOCABULARY = 200
 
@@ -80,70 +86,88 @@ class Clock:
         }
 
 
-def measure_engine(model: Any, tokenizer: Any, prompts: list[Prompt], sampler: Any, options: argparse.Namespace) -> dict[str, float]:
-    backend = TorchBackend(model, tokenizer, capacity=options.capacity, device=options.device)
-    grow(Chains(group_size=2, max_response_tokens=4), backend, prompts[:2], seed=1)  # warm-up
+def measure_engine(backend: TorchBackend, sampler: Sampler, prompts: list[Prompt]) -> dict[str, float]:
     clock = Clock()
     trees = grow(sampler, backend, prompts, seed=0)
     return clock.rates(sum(t.sampled_tokens for t in trees))
 
 
-def measure_generate(model: Any, prompts: list[Prompt], options: argparse.Namespace, ends: frozenset[int]) -> dict[str, float]:
-    rows = [torch.tensor(list(p.ids)) for p in prompts for _ in range(options.group_size)]
+def measure_generate(model: Any, rows: list[torch.Tensor], batch: int, max_tokens: int, ends: frozenset[int]) -> dict[str, float]:
     tokens, clock = 0, Clock()
-    for i in range(0, len(rows), options.capacity):
-        chunk = rows[i : i + options.capacity]
-        ids = torch.nn.utils.rnn.pad_sequence(chunk, batch_first=True, padding_side="left").to(options.device)
+    for i in range(0, len(rows), batch):
+        chunk = rows[i : i + batch]
+        ids = torch.nn.utils.rnn.pad_sequence(chunk, batch_first=True, padding_side="left").to(model.device)
         lengths = torch.tensor([len(row) for row in chunk], device=ids.device)
         mask = (torch.arange(ids.shape[1], device=ids.device) >= ids.shape[1] - lengths[:, None]).long()
         with torch.inference_mode():
-            out = model.generate(ids, attention_mask=mask, do_sample=True, top_k=0, max_new_tokens=options.max_tokens)
+            out = model.generate(ids, attention_mask=mask, do_sample=True, top_k=0, max_new_tokens=max_tokens)
         for response in out[:, ids.shape[1] :].tolist():
-            stop = next((at + 1 for at, token in enumerate(response) if token in ends), len(response))
-            tokens += stop
+            tokens += next((at + 1 for at, token in enumerate(response) if token in ends), len(response))
     return clock.rates(tokens)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def load(options: argparse.Namespace) -> tuple[Any, Any]:
+    """The model and its tokenizer."""
+    if not options.model:
+        return random_model(options.end_rate).to(options.device), Numbers()
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32).eval().to(options.device)
+    return model, transformers.AutoTokenizer.from_pretrained(options.model)
+
+
+def make_prompts(tokenizer: Any, count: int) -> list[Prompt]:
+    """Ragged prompts of 20 to 59 characters."""
+    rng = np.random.default_rng(0)
+    texts = ["".join(rng.choice(list("0123456789+*()"), size=int(rng.integers(20, 60)))) for _ in range(count)]
+    return [Prompt(str(i), tokenizer.encode(text)) for i, text in enumerate(texts)]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Write one row."""
+    parser = argparse.ArgumentParser(prog="python -m rlzoo.benchmarks.perf.decoding", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--out", type=Path, help="append the row to this file")
     parser.add_argument("--model", help="a local folder with a causal LM and its tokenizer")
-    parser.add_argument("--problems", type=int, default=64)
+    parser.add_argument("--problems", type=int, default=32)
     parser.add_argument("--group-size", type=int, default=16)
     parser.add_argument("--max-tokens", type=int, default=128)
     parser.add_argument("--capacity", type=int, default=256)
+    parser.add_argument("--generate-rows", type=int, nargs="+", default=[256, 128, 64])
+    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--end-rate", type=float, default=0.02)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--tree", action="store_true", help="also measure a 4-ary tree with the same response limit")
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
-    if options.model:
-        model: Any = transformers.AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32).eval().to(options.device)
-        tokenizer: Any = transformers.AutoTokenizer.from_pretrained(options.model)
-    else:
-        model, tokenizer = random_model(options.end_rate).to(options.device), Numbers()
-    rng = np.random.default_rng(0)
-    texts = ["".join(rng.choice(list("0123456789+*()"), size=int(rng.integers(20, 60)))) for _ in range(options.problems)]
-    prompts = [Prompt(str(i), tokenizer.encode(text)) for i, text in enumerate(texts)]
-    row: dict[str, Any] = {
-        "benchmark": "decoding",
-        **{k: v for k, v in vars(options).items() if k != "tree"},
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "machine": platform.processor() or platform.machine(),
-    }
+    model, tokenizer = load(options)
+    prompts, ends = make_prompts(tokenizer, options.problems), end_ids(tokenizer, model)
+    rows = [torch.tensor(list(p.ids)) for p in prompts for _ in range(options.group_size)]
+    backend = TorchBackend(model, tokenizer, capacity=options.capacity, device=options.device)
     chains = Chains(group_size=options.group_size, max_response_tokens=options.max_tokens)
-    runs: dict[str, Sampler] = {"engine": chains}
+    arms: dict[str, Callable[[], dict[str, float]]] = {"engine": lambda: measure_engine(backend, chains, prompts)}
     if options.tree:
         part = options.max_tokens // 5
-        runs["engine_tree"] = Nary(branching=4, segment_tokens=(part, part, options.max_tokens - 2 * part))
-    measured = {name: measure_engine(model, tokenizer, prompts, sampler, options) for name, sampler in runs.items()}
-    measured["generate"] = measure_generate(model, prompts, options, end_ids(tokenizer, model))
+        tree = Nary(branching=4, segment_tokens=(part, part, options.max_tokens - 2 * part))
+        arms["engine_tree"] = lambda: measure_engine(backend, tree, prompts)
+    for batch in options.generate_rows:
+        arms[f"generate_{batch}"] = lambda batch=batch: measure_generate(model, rows, batch, options.max_tokens, ends)  # type: ignore[misc]
+    grow(Chains(group_size=2, max_response_tokens=4), backend, prompts[:2], seed=1)  # warm-up
+    measure_generate(model, rows[:2], 2, 4, ends)
+    runs: dict[str, list[dict[str, float]]] = {name: [] for name in arms}
+    for _ in range(options.repeats):
+        for name, arm in arms.items():
+            runs[name].append(arm())
+    measured = {name: {key: round(median(r[key] for r in rates), 3) for key in rates[0]} for name, rates in runs.items()}
+    best = max((name for name in arms if name.startswith("generate")), key=lambda name: measured[name]["tokens_per_cpu_s"])
+    row: dict[str, Any] = {
+        "benchmark": "decoding",
+        **{k: v for k, v in vars(options).items() if k not in ("tree", "out")},
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "best_generate": best,
+    }
+    for key in ("tokens_per_cpu_s", "tokens_per_s"):
+        row[f"ratio_{key}"] = round(measured["engine"][key] / measured[best][key], 2)
     row |= {f"{name}_{key}": value for name, rates in measured.items() for key, value in rates.items()}
-    for key in ("tokens_per_s", "tokens_per_cpu_s"):
-        row[f"ratio_{key}"] = round(measured["engine"][key] / measured["generate"][key], 2)
-    print(json.dumps(row))
+    record(row | provenance(options.device), options.out)
 
 
 if __name__ == "__main__":
