@@ -51,14 +51,6 @@ class TestOnData:
         bad = {Kind.FAILED, Kind.TIMED_OUT}
         assert {key: a.kinds for key, a in agreements.items() if bad & a.kinds.keys()} == {}
 
-    @pytest.mark.parametrize("name", ["math500", "aime24", "aime25", "amc23", "minerva_math", "olympiadbench", "gsm8k"])
-    def test_every_gold_matches_itself(self, name: str) -> None:
-        with (DATA / "testsets" / f"{name}.jsonl").open(encoding="utf-8") as lines:
-            golds = [json.loads(line)["answer"] for line in lines]
-        with Grader(GraderConfig(workers=2)) as grader:
-            verdicts = grader.grade([(gold, f"\\boxed{{{gold} }}") for gold in golds])
-        assert [gold for gold, v in zip(golds, verdicts, strict=True) if v.kind is not Kind.RIGHT] == []
-
     def test_minerva_scientific_notation_in_latex(self) -> None:
         with (DATA / "testsets" / "minerva_math.jsonl").open(encoding="utf-8") as lines:
             golds = [
