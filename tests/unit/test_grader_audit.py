@@ -1,4 +1,4 @@
-"""Agreement with the recorded verdicts of the shared data folder, and golds that must at least match themselves."""
+"""Agreement with the recorded verdicts of the shared data folder, and notation of golds that must be read as it is meant."""
 
 from __future__ import annotations
 
