@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 
@@ -17,7 +18,7 @@ from ..backends.protocol import Backend, SegmentRequest, SegmentResult
 from ..builder import TreeBuilder
 from ..tree import ROOT, Int32, Stop, Tree
 from .base import Extend, Growth, Sampler
-from .seeds import Path, growth_seed, request_seed
+from .seeds import fork_seed, growth_seed, root_seed
 from .stopping import classify
 
 _request_ids = itertools.count()
@@ -122,6 +123,14 @@ def _check(sampler: Sampler, backend: Backend, prompts: Sequence[Prompt]) -> Non
             )
 
 
+class _Place(NamedTuple):
+    """Where a segment stands: its seed, which mixes its place in, the response tokens before it, and sampled segments on its path."""
+
+    seed: int
+    position: int
+    depth: int
+
+
 @dataclass(eq=False)
 class _Growing:
     """One problem's tree in the making."""
@@ -137,8 +146,8 @@ class _Growing:
     growth: Growth = field(init=False)
     in_flight: dict[int, int] = field(default_factory=dict)  # request -> its (still empty) node
     _request: dict[int, int] = field(default_factory=dict)  # node -> request
-    _path: dict[int, Path] = field(default_factory=dict)  # node -> its place in the tree, for seeds
-    _forks: dict[tuple[Path, int], int] = field(default_factory=dict)  # forks made so far at a place
+    _place: dict[int, _Place] = field(default_factory=dict)  # request -> its place in the tree
+    _forks: dict[tuple[int, int], int] = field(default_factory=dict)  # forks made so far below a request at a position
     _unreleased: set[int] = field(default_factory=set)
 
     def __post_init__(self) -> None:
@@ -146,7 +155,8 @@ class _Growing:
         rng = np.random.default_rng(growth_seed(self.seed, self.step, self.prompt.id))
         self.growth = self.sampler.plant(self.builder, rng, self.progress)
         root = next_request_id()
-        self._request[ROOT], self._path[ROOT] = root, ()
+        self._request[ROOT] = root
+        self._place[root] = _Place(root_seed(self.seed, self.step, self.prompt.id), 0, 0)
         self._unreleased.add(root)
 
     def start(self) -> list[int]:
@@ -161,9 +171,8 @@ class _Growing:
         """Record a finished segment; returns the requests made next."""
         node = self.in_flight.pop(result.id)
         tokens = result.tokens.tolist()
-        response = [t for n in self.builder.path(node) for t in self.builder.tokens(n)] + tokens
-        stop = self._stop(tokens, response, result.stop == Stop.EOS, len(self._path[node]))
-        self.builder.fill(node, tokens, result.logprobs.tolist(), stop)
+        self.builder.fill(node, tokens, result.logprobs.tolist(), Stop.OPEN)
+        self.builder.set_stop(node, self._stop(node, tokens, result.stop == Stop.EOS, self._place[result.id]))
         requests = self._submit(self.growth.grown(node))
         if not self.sampler.revisits:
             self._release(result.id)
@@ -182,17 +191,18 @@ class _Growing:
         self._unreleased.discard(request)
         self.backend.release([request])
 
-    def _stop(self, segment: list[int], response: list[int], ended: bool, depth: int) -> Stop:
+    def _stop(self, node: int, segment: list[int], ended: bool, place: _Place) -> Stop:
         rules, decode = self.sampler.stopping, self.backend.tokenizer.decode
+        whole = rules.needs_response_text(ended)
         return classify(
             rules,
             ended=ended,
-            response_tokens=len(response),
+            response_tokens=place.position + len(segment),
             max_response_tokens=self.sampler.max_response_tokens,
-            depth=depth,
+            depth=place.depth,
             max_depth=self.sampler.max_depth,
             segment_text=decode(segment) if rules.needs_segment_text else "",
-            response_text=decode(response) if rules.needs_response_text(ended) else "",
+            response_text=decode(self.builder.context(node)[len(self.prompt.ids) :]) if whole else "",
         )
 
     def _submit(self, extends: Sequence[Extend]) -> list[int]:
@@ -207,8 +217,9 @@ class _Growing:
         context: Int32 = np.asarray(self.builder.context(node), np.int32)
         position = len(context) - len(self.prompt.ids)
         limit = min(extend.max_tokens, self.sampler.max_response_tokens - position)
-        origin, above = self._origin(node)
-        depth = len(above) + 1  # sampled segments: the parts of one that was cut count once
+        origin = self._origin(node)
+        above = self._place[origin]
+        depth = above.depth + 1  # sampled segments: the parts of one that was cut count once
         if stop != Stop.OPEN or limit < 1 or depth > self.sampler.max_depth or node in self.in_flight.values():
             raise ValueError(
                 f"problem {self.prompt.id!r}: sampler {self.sampler.name} extends node {node} (stop {stop.name}, {position} response "
@@ -216,19 +227,18 @@ class _Growing:
             )
         requests = []
         for _ in range(extend.count):
-            ordinal = self._forks.get((above, position), 0)
-            self._forks[above, position] = ordinal + 1
+            ordinal = self._forks.get((origin, position), 0)
+            self._forks[origin, position] = ordinal + 1
             child = self.builder.add(node, (), role=extend.role)
-            request, path = next_request_id(), (*above, (position, ordinal))
-            self._request[child], self._path[child] = request, path
+            request, seed = next_request_id(), fork_seed(above.seed, position, ordinal)
+            self._request[child], self._place[request] = request, _Place(seed, position, depth)
             self.in_flight[request] = child
             self._unreleased.add(request)
-            seed = request_seed(self.seed, self.step, self.prompt.id, path)
             requests.append(SegmentRequest(request, origin, context, limit, seed, self.sampler.sampling))
         return requests
 
-    def _origin(self, node: int) -> tuple[int, Path]:
-        """Request and place of the segment that `node` is, or that it was cut from: a cut's first child is its lower part."""
+    def _origin(self, node: int) -> int:
+        """Request of the segment that `node` is, or that it was cut from: a cut's first child is its lower part."""
         while node not in self._request:
             node = self.builder.children(node)[0]
-        return self._request[node], self._path[node]
+        return self._request[node]

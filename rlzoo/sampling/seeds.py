@@ -7,7 +7,7 @@ capacity and the other problems do not enter. The mixing function is splitmix64 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from functools import reduce
 
 _BITS = (1 << 64) - 1
 
@@ -22,9 +22,11 @@ def splitmix64(x: int) -> int:
     return z ^ (z >> 31)
 
 
-def mix(*words: int | str) -> int:
-    """Mix integers and texts, in order, into 64 bits; a text enters as its FNV-1a hash (64 bit, UTF-8)."""
-    state = 0
+def mix(*words: int | str, state: int = 0) -> int:
+    """Mix integers and texts, in order, into 64 bits; a text enters as its FNV-1a hash (64 bit, UTF-8).
+
+    `state` is what earlier words were mixed into: mix(a, b) == mix(b, state=mix(a)).
+    """
     for word in words:
         value = _fnv1a(word) if isinstance(word, str) else int(word)
         state = splitmix64(state ^ splitmix64(value & _BITS))
@@ -33,18 +35,22 @@ def mix(*words: int | str) -> int:
 
 def request_seed(seed: int, step: int, problem: str, path: Path) -> int:
     """Seed of the segment that stands at `path` of a problem's tree in one step of a run."""
-    return mix(seed, step, problem, "segment", *_flat(path))
+    return reduce(lambda above, fork: fork_seed(above, *fork), path, root_seed(seed, step, problem))
+
+
+def root_seed(seed: int, step: int, problem: str) -> int:
+    """Seed of the prompt, from which the seeds of the segments below follow; nothing is sampled with it."""
+    return mix(seed, step, problem, "segment")
+
+
+def fork_seed(above: int, position: int, ordinal: int) -> int:
+    """Seed of the segment that is forked off a path whose last segment has seed `above`."""
+    return mix(position, ordinal, state=above)
 
 
 def growth_seed(seed: int, step: int, problem: str) -> int:
     """Seed of the sampler's own decisions about one problem's tree."""
     return mix(seed, step, problem, "growth")
-
-
-def _flat(path: Path) -> Iterable[int]:
-    for position, ordinal in path:
-        yield position
-        yield ordinal
 
 
 def _fnv1a(text: str) -> int:
