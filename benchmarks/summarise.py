@@ -1,13 +1,14 @@
 """Keep finished runs: their rows and one table with every run in it.
 
-    python -m rlzoo.benchmarks.summarise RUN RUN ... --out results/NAME
+    python -m rlzoo.benchmarks.summarise RUN ... [ROW.json ...] --out results/NAME
 
-Copies each run's summary.json to results/NAME/ALGO-sSEED.json and writes results/NAME/README.md. Nothing is left out: a run
-that failed has no summary and is an error.
+Copies each run's summary.json to results/NAME/ALGO-sSEED.json and writes results/NAME/README.md; rows kept earlier are given as
+files. Nothing is left out: a run that failed has no summary and is an error.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -24,7 +25,7 @@ def summarise(runs: Annotated[tuple[Path, ...], tyro.conf.Positional], /, out: P
     """Copy the rows of finished runs to a results folder and write its table."""
     summaries = []
     for path in runs:
-        summary = RunFolder.open(path).summary()
+        summary = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else RunFolder.open(path).summary()
         if summary is None or "table" not in summary:
             raise ValueError(f"{path} has no final measurement: it did not finish, or ran without a suite")
         summaries.append(summary)
