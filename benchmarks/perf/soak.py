@@ -40,19 +40,20 @@ from .recording import provenance, record
 WARM_UP = 50  # steps
 MB = 1e6
 WORKER = "rlzoo.rewards.worker"
+RECYCLE = 200  # pairs per grading process: fewer than the default, so that several generations of them are seen
 WRITES_PER_PAIR = 3  # a grading process writes when it starts and ends a pair, and the answer
 GONE_S = 5.0  # that processes have to end in after the run itself has
 
 
 @cache
 def _grader() -> Grader:
-    grader = Grader(GraderConfig(fast_path=False))
+    grader = Grader(GraderConfig(fast_path=False, recycle=RECYCLE))
     atexit.register(grader.close)
     return grader
 
 
 def through_workers(items: Sequence[Item]) -> Sequence[Any]:
-    """A reward: the default grader's verdicts, without its fast path."""
+    """A reward: the default grader's verdicts, without its fast path and with grading processes that are replaced sooner."""
     return _grader().grade([(problem.answer, text) for problem, text in items])
 
 
@@ -78,16 +79,16 @@ class Watch:
     supervisors: set[tuple[int, float]] = field(default_factory=set)
     graded: dict[tuple[int, float], int] = field(default_factory=dict)
 
-    def look(self, process: psutil.Process, step: int) -> None:
-        """Add a look; nothing if the process is gone or going."""
+    def look(self, process: psutil.Process, step: int) -> Look | None:
+        """Look once, and note the processes below; None if the process is gone or going."""
         try:
             children = process.children(recursive=True)
             with process.oneshot():
                 own = (process.memory_info().rss / MB, process.num_fds(), process.num_threads())
         except psutil.NoSuchProcess:
-            return
+            return None
         if not own[0]:  # it has ended, and nobody has asked for its status yet
-            return
+            return None
         memory = 0.0
         for child in children:
             try:
@@ -95,7 +96,7 @@ class Watch:
                 self._note(child, process.pid)
             except psutil.NoSuchProcess:
                 continue
-        self.looks.append(Look(step, own[0], memory, own[1], own[2], len(children)))
+        return Look(step, own[0], memory, own[1], own[2], len(children))
 
     def _note(self, child: psutil.Process, run: int) -> None:
         key = (child.pid, child.create_time())
@@ -149,7 +150,7 @@ def summarise(watch: Watch, steps: int) -> dict[str, Any]:
         row[f"{name}_mb_per_100_steps"] = slope(at, [of(look) for look in after])
     return row | {
         "fds": [min(look.fds for look in after), max(look.fds for look in after)],
-        "threads": [min(look.threads for look in after), max(look.threads for look in after)],
+        "process_threads": [min(look.threads for look in after), max(look.threads for look in after)],
         "most_children": max(look.children for look in watch.looks),
         "grading_supervisors": len(watch.supervisors),
         "grading_processes": len(watch.graded),
@@ -198,8 +199,9 @@ def soak(command: Sequence[str], out: Path, steps: int, every_s: float) -> dict[
             try:
                 process = psutil.Process(child.pid)
                 while child.poll() is None:
-                    if not (out / "summary.json").exists():  # from there on it only closes
-                        watch.look(process, steps_done(out))
+                    look = watch.look(process, steps_done(out))
+                    if look and not (out / "summary.json").exists():  # from there on it only closes
+                        watch.looks.append(look)
                     time.sleep(every_s)
             finally:
                 if child.poll() is None:

@@ -78,7 +78,7 @@ def test_the_figures_of_a_row():
     row = summarise(Watch(looks), 100)
     assert (row["rss_mb_at_10"], row["rss_mb_at_50"], row["rss_mb_at_100"]) == (112, 152, 202)
     assert row["rss_mb_per_100_steps"] == pytest.approx(100, abs=3) and row["children_mb_per_100_steps"] == pytest.approx(200)
-    assert row["fds"] == [10, 12] and row["threads"] == [4, 4] and row["warm_up_steps"] == 50
+    assert row["fds"] == [10, 12] and row["process_threads"] == [4, 4] and row["warm_up_steps"] == 50
     with pytest.raises(RuntimeError, match="ended before the first look"):
         summarise(Watch(), 100)
 
