@@ -14,6 +14,11 @@ Differs    A group that repeats along an unbranched chain counts once (`--credit
            per micro-batch; old log-probs of the update's own model, once per unique token; a box is looked for in the whole
            response, not in its last segment. Left out: the budget by tokens of an engine call (it depends on what else is in
            the batch), one draw of starts shared by all problems, a least length of finished paths.
+Measured   On the embedded job's dev problems (results/tree_sampling), base model: fallback happens in 13 % of the trees with 2 to 8
+           starts (43 % with 2) and starts 5.5 % (19 %) of their responses, half of them anew at the prompt; cuts keep a third of
+           the path, so it leans to short prefixes; 3.6 % (20 %) of the tokens come after it. Leaves are longer than independent
+           responses by 5.3 tokens [4.2, 6.5] and their Pass@1 is higher by 3.0 points [1.1, 4.9], with and without fallback: open
+           paths inherit the budget of ended ones. Ending a path at its box changed neither cost nor accuracy there.
 Uncertain  The paper calls its scale both a per-response std and a global one; the released code whitens the batch. Which run
            had more initial divergence: the released script's key for it never takes effect.
 """
