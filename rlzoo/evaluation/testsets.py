@@ -140,12 +140,15 @@ def read_shipped(folder: str, name: str, what: str, kind: type[T]) -> T:
     """One TOML file of `rlzoo.benchmarks` as a dataclass; unknown keys are refused.
 
     Raises:
-        ValueError: no such file.
+        ValueError: no such file, or not of that form.
     """
     if name not in shipped(folder):
         raise ValueError(f"unknown {what} {name!r}; known: {', '.join(shipped(folder))}")
     table: dict[str, Any] = tomllib.loads(files("rlzoo.benchmarks").joinpath(folder, f"{name}.toml").read_text(encoding="utf-8"))
-    return _converter().structure(table, kind)
+    try:
+        return _converter().structure(table, kind)
+    except cattrs.BaseValidationError as error:
+        raise ValueError(f"{folder}/{name}.toml: {'; '.join(cattrs.transform_error(error))}") from error
 
 
 @lru_cache(maxsize=1)

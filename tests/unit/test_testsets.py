@@ -37,7 +37,7 @@ SPEC = SetSpec(
     template="plain",
     k=1,
     grader=GraderConfig(),
-    hub=Hub("owner/toys:main", split="test", revision="a" * 40, columns={"problem": "question", "answer": "answer"}, id_prefix="toy-"),
+    hub=Hub("owner/toys:main", split="test", revision="a" * 40, columns={"problem": "wording", "answer": "key"}, id_prefix="toy-"),
 )
 
 
@@ -103,7 +103,7 @@ def test_a_folder_and_the_hub_give_the_same_problems(tmp_path: Path, monkeypatch
 
     def load_dataset(name: str, config: str | None = None, *, revision: str | None = None) -> Any:
         asked.append((name, config, revision))
-        rows = [{"question": row["problem"], "answer": f"some words\n#### {row['answer']}"} for row in TOY]
+        rows = [{"wording": row["problem"], "key": f"some words\n#### {row['answer']}"} for row in TOY]
         return datasets.DatasetDict({"train": datasets.Dataset.from_list(rows[:1]), "test": datasets.Dataset.from_list(rows)})
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
@@ -183,6 +183,16 @@ def test_a_set_without_a_pinned_revision_asks_for_a_folder(name: str, monkeypatc
 def test_unknown_sets_and_suites_are_named() -> None:
     assert "unknown test set 'math501'; known: aime24, aime25, amc23" in refusal(lambda: find_testset("math501"))
     assert refusal(lambda: load_suite("../mini")) == "unknown suite '../mini'; known: mini, quick, treepo, treerpo"
+
+
+@pytest.mark.parametrize(("old", "new", "message"), [("licence", "license", "license"), ("rows = 30", "rows = 'many'", "rows")])
+def test_a_misspelt_file_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, old: str, new: str, message: str) -> None:
+    (tmp_path / "testsets").mkdir()
+    shipped = (Path(__file__).parents[2] / "benchmarks" / "testsets" / "aime24.toml").read_text(encoding="utf-8")
+    (tmp_path / "testsets" / "aime24.toml").write_text(shipped.replace(old, new), encoding="utf-8")
+    monkeypatch.setattr("rlzoo.evaluation.testsets.files", lambda package: tmp_path)
+    found = refusal(lambda: find_testset("aime24"))
+    assert found.startswith("testsets/aime24.toml: ") and message in found
 
 
 # --- suites ---
