@@ -235,7 +235,13 @@ def _gain_cells(table: FinalTable) -> tuple[list[str], list[list[str]]]:
     return head, rows
 
 
-def _caption(table: FinalTable) -> list[str]:
+def both(table: FinalTable) -> list[tuple[str, list[str], list[list[str]]]]:
+    """Title, head and rows of its two tables, every cell as text."""
+    return [("Base and trained model", *_cells(table)), ("Gain by training, paired over problems", *_gain_cells(table))]
+
+
+def caption(table: FinalTable) -> list[str]:
+    """What must be known beside the tables, in lines."""
     problems = max((line.problems for line in table.lines), default=0)
     spent = sum(line.evaluated_tokens for line in table.lines if line.set != OVERALL)
     told = f"{problems} problems, k = {max((line.k for line in table.lines), default=1)}; overall is the plain mean over sets"
@@ -246,14 +252,14 @@ def _caption(table: FinalTable) -> list[str]:
 def render_table(table: FinalTable) -> RenderableType:
     """The table for a terminal."""
     parts: list[RenderableType] = []
-    for title, (head, rows) in (("Base and trained model", _cells(table)), ("Gain by training, paired over problems", _gain_cells(table))):
+    for title, head, rows in both(table):
         shown = Table(title=title, box=SIMPLE_HEAD, title_justify="left")
         for i, name in enumerate(head):
             shown.add_column(name, justify="left" if i < 2 and name in ("set", "model") else "right")
         for row in rows:
             shown.add_row(*[Text(cell) for cell in row], style="bold" if row[0] == OVERALL else "", end_section=_ends(row))
         parts.append(shown)
-    parts += [Text(line, style="dim") for line in _caption(table)]
+    parts += [Text(line, style="dim") for line in caption(table)]
     return Group(*parts)
 
 
@@ -264,20 +270,20 @@ def _ends(row: Sequence[str]) -> bool:
 def plain_table(table: FinalTable) -> str:
     """The table as text in columns, of whatever width it needs: for logs and pipes."""
     blocks = []
-    for head, rows in (_cells(table), _gain_cells(table)):
+    for _, head, rows in both(table):
         widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
         lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in [head, *rows]]
         blocks.append("\n".join([lines[0], "-" * len(lines[0]), *lines[1:]]))
-    return "\n\n".join([*blocks, "\n".join(_caption(table))]) + "\n"
+    return "\n\n".join([*blocks, "\n".join(caption(table))]) + "\n"
 
 
 def markdown_table(table: FinalTable, title: str = "") -> str:
     """The table as Markdown, for `results/`."""
     parts = [f"# {title}\n"] if title else []
-    for head, rows in (_cells(table), _gain_cells(table)):
+    for _, head, rows in both(table):
         lines = [head, ["---"] * len(head), *rows]
         parts.append("\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in lines) + "\n")
-    return "\n".join([*parts, "\n".join(f"- {line}" for line in _caption(table))]) + "\n"
+    return "\n".join([*parts, "\n".join(f"- {line}" for line in caption(table))]) + "\n"
 
 
 def print_table(table: FinalTable, console: Console | None = None) -> None:

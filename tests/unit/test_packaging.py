@@ -46,6 +46,9 @@ assert rlzoo.__file__.startswith({site!r}), rlzoo.__file__
 for kind in registry.KINDS:
     assert registry.names(kind) and all(registry.find(kind, name) for name in registry.names(kind))
 assert files("rlzoo").joinpath("assets/tiny/model.safetensors").is_file()
+from rlzoo.report.html import ASSETS
+for name in ASSETS:
+    assert files("rlzoo.report").joinpath("assets", name).is_file(), name
 from rlzoo.evaluation.suites import load_suite
 assert len(load_suite("mini")) == 4
 """.format(site=str(tmp_path / "site"))

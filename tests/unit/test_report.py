@@ -1,0 +1,386 @@
+import json
+import re
+from html.parser import HTMLParser
+from importlib.resources import files
+
+import numpy as np
+import pytest
+
+from rlzoo import registry
+from rlzoo.algorithm import load
+from rlzoo.cli import main
+from rlzoo.config import build
+from rlzoo.credit.base import Credit, path_rows
+from rlzoo.report.counterfactual import Judges
+from rlzoo.report.html import SCRIPTS, choose, write_report
+from rlzoo.report.plots import MOST_POINTS, RunData, arms, curves, ledger, lengths, points, seed_band
+from rlzoo.report.treedata import Pieces, credit_pieces, tree_data
+from rlzoo.store.cost import PHASES
+from rlzoo.store.runs import RunFolder
+from rlzoo.store.trees import StoredTree, TreeRecord, read_trees, write_trees
+from rlzoo.tree import Role, Segment, Stop, Tree
+
+ALGORITHMS = registry.names("algorithm")
+PLAIN = TreeRecord()
+SVG = "http://www.w3.org/2000/svg"  # a name, not an address
+HOSTILE = "</script><script>document.title='broken'</script><img src=x onerror=alert(1)>&amp;\u2028\u202e<!--"
+
+
+def small_tree(rewards=(1.0, 0.0, 1.0), *, tokens=(65, 66)):
+    """Node 1 with leaves 2 and 3; leaf 4 beside it; a probe below node 1."""
+    segments = [
+        Segment(0, list(tokens), [-0.5, float("nan")]),
+        Segment(1, [67], [-0.25], Stop.EOS),
+        Segment(1, [68, 69, 70], [-1.0, -2.0, -0.004], Stop.LENGTH),
+        Segment(0, [71], [0.0], Stop.ANSWER),
+        Segment(1, [72], [-0.1], Stop.EOS, Role.PROBE),
+    ]
+    return Tree.from_segments([80, 81], segments, dict(zip([2, 3, 4], rewards, strict=True)))
+
+
+def make_run(path, *, algo=ALGORITHMS[0], seed=0, trees=None, steps=(1, 2, 3), record=PLAIN, finished=True, **config):
+    folder = RunFolder.create(path, build([("test", {"algo": algo, "seed": seed, **config})]).to_dict())
+    for step in steps:
+        stored = trees if trees is not None else [small_tree(), small_tree((1.0, 1.0, 1.0))]
+        credits = [path_rows(t, [0, 1, 2], [0.5, -0.5, 0.25]) for t in stored]
+        write_trees(folder.trees_path(step), stored, credits, [record] * len(stored))
+    folder.log({"step": 0, "dev/pass_at_1": 0.4, "dev/half_width": 0.1, "dev/length": 50.0})
+    for step in steps:
+        row = {"step": step, "pass_at_1": 0.1 * step, "length": 10.0, "total_sampled_tokens": 100 * step, "device_hours": 0.5 * step}
+        folder.log(row | {"dev/pass_at_1": 0.4 + 0.1 * step, "dev/half_width": 0.1, "dev/length": 50.0 + step, "seconds/sampling": 1800.0})
+    if finished:
+        spent = dict.fromkeys(PHASES, 0.0) | {"sampling": 3600.0, "update": 1800.0}
+        folder.write_summary({"steps": len(steps), "ledger": {"device_seconds": spent, "device": "cpu core", "devices": 2}})
+    return path
+
+
+def page_data(page):
+    """The data that the page's scripts read, found as a browser finds it: by an HTML parser."""
+
+    class Finder(HTMLParser):
+        def __init__(self):
+            super().__init__()
+            self.inside, self.text, self.scripts, self.images = False, "", 0, 0
+
+        def handle_starttag(self, tag, attrs):
+            self.scripts += tag == "script"
+            self.images += tag == "img"
+            self.inside = tag == "script" and dict(attrs).get("id") == "data"
+
+        def handle_endtag(self, tag):
+            self.inside = False
+
+        def handle_data(self, data):
+            self.text += data if self.inside else ""
+
+    finder = Finder()
+    finder.feed(page.read_text(encoding="utf-8"))
+    return json.loads(finder.text), finder
+
+
+# --- the page
+
+
+def test_one_file_with_everything(tmp_path, capsys):
+    first, second = make_run(tmp_path / "a"), make_run(tmp_path / "b", seed=1)
+    out = tmp_path / "report.html"
+    assert main(["report", str(first), str(second), "--out", str(out), "--trees", "4"]) == 0
+    assert re.fullmatch(rf"{re.escape(str(out))}: 2 runs, 8 trees, 0\.\d\d MB\n", capsys.readouterr().out)
+    text = out.read_text()
+    assert not re.search(r"""(?:src|href)=["']?(?!#|data:)[a-z/]""", text), "nothing may be fetched"
+    assert SVG in text and "http" not in text.replace(SVG, "").replace("http-equiv", "")
+    data, _ = page_data(out)
+    assert data["arms"] == {ALGORITHMS[0]: ["a", "b"]}
+    assert [(t["run"], t["step"]) for t in data["viewer"]["trees"]] == [(r, s) for r in "ab" for s in (1, 2, 3, 3)]
+    tree = data["viewer"]["trees"][0]
+    assert [c["name"] for c in tree["credits"]] == ["training", *ALGORITHMS]
+    assert not (tmp_path / ".partial-report.html").exists()
+
+
+def test_the_page_is_a_function_of_the_runs(tmp_path):
+    run = make_run(tmp_path / "a")
+    for name in ("1.html", "2.html"):
+        write_report([run], tmp_path / name)
+    assert (tmp_path / "1.html").read_bytes() == (tmp_path / "2.html").read_bytes()
+
+
+def test_what_a_model_wrote_is_data(tmp_path):
+    record = TreeRecord(HOSTILE, HOSTILE, HOSTILE, (HOSTILE, "wrong", "right"), (HOSTILE, "", ""))
+    run = make_run(tmp_path / "a<b>", record=record, steps=(1,))
+    write_report([run], tmp_path / "r.html")
+    data, page = page_data(tmp_path / "r.html")
+    assert (page.scripts, page.images) == (2, 0)
+    tree = data["viewer"]["trees"][0]
+    assert tree["problem"] == tree["gold"] == tree["kind"][0] == HOSTILE
+    assert "document.title='broken'" not in re.sub(r'<script type="application/json".*?</script>', "", (tmp_path / "r.html").read_text())
+    assert "<b>" not in (tmp_path / "r.html").read_text()
+    for name in SCRIPTS:
+        source = (files("rlzoo.report") / "assets" / name).read_text()
+        assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval\(|</script", source), name
+
+
+def test_trees_that_have_no_room_are_counted(tmp_path, monkeypatch):
+    runs = [make_run(tmp_path / name, steps=(1,)) for name in "ab"]
+    one = write_report(runs, tmp_path / "all.html", trees=2)
+    assert (one.trees, one.left_out) == (4, 0)
+    data, _ = page_data(tmp_path / "all.html")
+    monkeypatch.setattr("rlzoo.report.html.MAX_TREE_BYTES", 2.2 * len(json.dumps(data["viewer"]["trees"][0], separators=(",", ":"))))
+    made = write_report(runs, tmp_path / "some.html", trees=2)
+    assert (made.trees, made.left_out) == (2, 2)
+    data, _ = page_data(tmp_path / "some.html")
+    assert [t["run"] for t in data["viewer"]["trees"]] == ["a", "b"], "each run's best tree comes before any run's second"
+    assert data["viewer"]["leftOut"] == 2
+
+
+def test_a_run_that_has_just_begun(tmp_path):
+    folder = RunFolder.create(tmp_path / "young", build([("test", {"algo": ALGORITHMS[0]})]).to_dict())
+    write_report([folder.path], tmp_path / "r.html", trees=0)
+    assert "not finished" in (tmp_path / "r.html").read_text()
+    assert page_data(tmp_path / "r.html")[0]["viewer"]["trees"] == []
+
+
+# --- bad input
+
+
+def refused(capsys, *arguments):
+    assert main(["report", *map(str, arguments)]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("rlzoo: ") and said.count("\n") == 1, said
+    return said
+
+
+def test_bad_input_is_one_sentence(tmp_path, capsys):
+    run, out = make_run(tmp_path / "run"), tmp_path / "r.html"
+    assert "no run given" in refused(capsys, "--out", out)
+    assert "no run folder at" in refused(capsys, tmp_path / "none", "--out", out)
+    assert "it has no config.toml" in refused(capsys, tmp_path, "--out", out)
+    assert "given more than once" in refused(capsys, run, run, "--out", out)
+    assert "there is no folder" in refused(capsys, run, "--out", tmp_path / "missing" / "r.html")
+    assert "it is a folder" in refused(capsys, run, "--out", tmp_path)
+    assert "--trees -1; allowed: 0" in refused(capsys, run, "--out", out, "--trees", "-1")
+    empty = RunFolder.create(tmp_path / "empty", RunFolder.open(run).config())
+    assert "holds no stored trees; --trees 0 makes" in refused(capsys, run, empty.path, "--out", out)
+    assert not out.exists()
+    out.write_text("mine")
+    assert "exists; --force replaces it" in refused(capsys, run, "--out", out)
+    assert out.read_text() == "mine"
+    assert main(["report", str(run), "--out", str(out), "--force"]) == 0
+    assert out.read_text().startswith("<!doctype html>")
+
+
+def test_half_written_files_are_named(tmp_path, capsys):
+    run = make_run(tmp_path / "run")
+    whole = (run / "trees" / "step-3.parquet").read_bytes()
+    (run / "trees" / "step-3.parquet").write_bytes(whole[: len(whole) // 2])
+    assert "step-3.parquet is not a Parquet file of trees" in refused(capsys, run, "--out", tmp_path / "r.html")
+    (run / "trees" / "step-3.parquet").write_bytes(whole)
+    (run / "summary.json").write_text('{"steps": 3, "led')
+    assert "summary.json is not JSON" in refused(capsys, run, "--out", tmp_path / "r.html")
+    (run / "summary.json").unlink()
+    (run / "metrics.jsonl").write_text('{"step": 0}\n{"step"\n{"step": 2}\n')
+    assert "line 2 of metrics.jsonl is not JSON" in refused(capsys, run, "--out", tmp_path / "r.html")
+    assert not (tmp_path / "r.html").exists()
+
+
+# --- trees
+
+
+def test_tree_as_data():
+    tree = small_tree()
+    record = TreeRecord("id", "1+1?", "2", ("right", "wrong", "right"))
+    texts = {}
+    data = tree_data(StoredTree(tree, path_rows(tree, [0, 1], [1.0, -3.0]), record), [], Pieces(lambda ids: "".join(map(chr, ids))), texts)
+    assert data["parent"] == [-1, 0, 1, 1, 0, 1] and data["length"] == [2, 2, 1, 3, 1, 1]
+    assert data["start"] == [-2, 0, 2, 2, 0, 2] and data["leaves"] == [2, 3, 4] and data["probe"] == [5]
+    assert data["value"] == [0.75, 0.5, 1, 0, 1, None] and data["leafMean"][0] == 0.6667
+    assert data["stop"] == ["OPEN", "OPEN", "EOS", "LENGTH", "ANSWER", "EOS"]
+    assert data["logprobs"][1:4] == [[-50, None], [-25], [-100, -200, 0]]
+    assert ["".join(list(texts)[i] for i in ids) for ids in data["tokens"]] == ["PQ", "AB", "C", "DEF", "G", "H"]
+    (trained,) = data["credits"]
+    assert trained["pieces"] == [[], [[0, 2, -1, -3, 1, 2]], [[0, 1, 1, 1, 1, 1]], [[0, 3, -3, -3, -3, 1]], [], []]
+    assert "refused" in tree_data(StoredTree(tree, Credit.empty(tree)), [], Pieces(None), {})["credits"][0]
+    assert "refused" in tree_data(StoredTree(tree), [], Pieces(None), {})["credits"][0]
+    json.dumps(data, allow_nan=False)
+
+
+def naive_pieces(tree, credit, node):
+    """Per token: (weighted mean, least, largest, number) of its terms, None without one."""
+    found = []
+    for at in range(int(tree.lengths[node])):
+        hit = [k for k in range(len(credit.row)) if credit.node[k] == node and credit.start[k] <= at < credit.stop[k]]
+        if credit.token_mask is not None and not credit.token_mask[int(tree.offsets[node]) + at]:
+            hit = []
+        weights = [float(credit.row_weight[credit.row[k]]) for k in hit]
+        values = [float(credit.advantage[k]) for k in hit]
+        mean = sum(w * v for w, v in zip(weights, values, strict=True)) / sum(weights) if hit else None
+        found.append((mean, min(values), max(values), len(hit)) if hit else None)
+    return found
+
+
+def test_pieces_are_the_terms_of_every_token():
+    rng = np.random.default_rng(0)
+    for _ in range(60):
+        tree = Tree.from_segments([1], [Segment(int(rng.integers(0, n)), [2] * int(rng.integers(1, 9))) for n in range(1, 5)])
+        terms, rows = int(rng.integers(1, 8)), 3
+        node = rng.integers(1, tree.nodes, terms).astype(np.int32)
+        start = np.array([rng.integers(0, tree.lengths[n]) for n in node], np.int32)
+        stop = np.array([rng.integers(s + 1, tree.lengths[n] + 1) for s, n in zip(start, node, strict=True)], np.int32)
+        mask = rng.random(len(tree.tokens)) < 0.7 if rng.random() < 0.5 else None
+        row = rng.integers(0, rows, terms).astype(np.int32)
+        advantage, weight, shape = rng.normal(size=terms), rng.random(rows) + 0.1, (len(tree.leaves), tree.nodes)
+        credit = Credit(row, node, start, stop, advantage, np.zeros(rows, np.int32), weight, shape, mask)
+        for n, pieces in enumerate(credit_pieces(tree, credit)):
+            tokens = [None] * int(tree.lengths[n])
+            for first, last, *figures in pieces:
+                assert all(t is None for t in tokens[first:last]), "pieces must not overlap"
+                tokens[first:last] = [figures] * (last - first)
+            for got, expected in zip(tokens, naive_pieces(tree, credit, n), strict=True):
+                assert (got is None) == (expected is None)
+                if expected is not None:
+                    assert got == pytest.approx(expected, rel=1e-3)
+
+
+def test_token_texts_join_to_the_whole_text(tiny_tokenizer):
+    def decode(ids):
+        return str(tiny_tokenizer.decode(ids))
+
+    text = "x = ½, 中文 🙂\n done"
+    ids = tiny_tokenizer.encode(text)
+    assert len(ids) > len(text), "several tokens to a character"
+    texts = Pieces(decode)(ids)
+    assert len(texts) == len(ids) and "".join(texts) == text and "\ufffd" not in "".join(texts)
+    cut = Pieces(decode)(ids[: ids.index(tiny_tokenizer.encode("🙂")[0]) + 2])  # in the middle of a character
+    assert len(cut) == ids.index(tiny_tokenizer.encode("🙂")[0]) + 2
+    assert Pieces(None)([3, 5]) == ["⟨3⟩", "⟨5⟩"]
+
+
+def test_spaces_that_depend_on_the_token_before():
+    words = {1: "▁So", 2: "▁it", 3: "s"}
+
+    def decode(ids):
+        return "".join(words[i] for i in ids).replace("▁", " ").removeprefix(" ")  # as SentencePiece decoders do
+
+    assert Pieces(decode)([1, 2, 3, 2]) == ["So", " it", "s", " it"]
+
+
+def test_choice_of_trees():
+    def graded(*correct):
+        return StoredTree(small_tree(correct))
+
+    last = [graded(1, 1, 1), graded(0, 1, 1), graded(1, 0, float("nan"))]
+    stored = {3: last, 1: [graded(0, 0, 0)], 2: [graded(1, 0, 0), graded(1, 1, 0)]}
+    assert choose(stored, 4) == [(3, 2), (1, 0), (2, 0), (3, 1)]
+    assert choose(stored, 99)[-1] == (3, 0) and len(choose(stored, 99)) == 6
+    assert choose({}, 3) == choose(stored, 0) == []
+
+
+# --- counterfactual credit
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_counterfactual_credit_is_that_algorithms_own(name):
+    algorithm = load(name)
+    config = build([("test", {"algo": ALGORITHMS[0]})]).to_dict()
+    own = load(ALGORITHMS[0])
+    tree = own.shaping(small_tree(), [1.0, 0.0, 1.0], own.sampler.max_response_tokens)
+    judged = {c.algorithm: c for c in Judges(config, "config.toml")(tree)}
+    assert list(judged) == ALGORITHMS
+    credit = judged[name].credit
+    assert credit is not None, judged[name].note
+    overrides = {"credit.whitening": "none"} if hasattr(algorithm.credit, "whitening") else {}
+    plain = load(name, **overrides)
+    expected = plain.credit([plain.shaping(small_tree(), [1.0, 0.0, 1.0], own.sampler.max_response_tokens)])[0]
+    assert np.array_equal(credit.dense(), expected.dense(), equal_nan=True) and len(credit.row)
+
+
+def test_the_runs_own_options_are_kept():
+    name = next(n for n in ALGORITHMS if load(n).credit.name == "group")
+    plain = build([("test", {"algo": name, "credit": {"std": "none"}})]).to_dict()
+    judged = {c.algorithm: c for c in Judges(plain, "config.toml")(small_tree())}[name]
+    assert judged.credit is not None
+    assert sorted(set(judged.credit.advantage.tolist())) == pytest.approx([-2 / 3, 1 / 3])
+
+
+def test_refusals_say_why():
+    config = build([("test", {"algo": next(n for n in ALGORITHMS if load(n).shaping.wrong == 0)})]).to_dict()
+    odd = small_tree((7.0, -2.0, 0.5))  # numbers of a plug-in, which no shaping gave
+    judged = {c.algorithm: c for c in Judges(config, "config.toml")(odd)}
+    refusing = [n for n in ALGORITHMS if "rewards in [0,1]" in load(n).credit.needs]
+    assert refusing
+    for name in refusing:
+        assert judged[name].credit is None and "needs rewards in [0,1], found -2.0 to 7.0" in judged[name].note
+    accepting = next(n for n in ALGORITHMS if load(n).credit.name == "group")
+    assert judged[accepting].credit is not None
+    dead = {c.algorithm: c for c in Judges(config, "config.toml")(small_tree((1.0, 1.0, 1.0)))}[accepting]
+    assert dead.credit is not None and "filter would drop" in dead.note
+    foreign = Judges({"algo": "of another installation"}, "config.toml")(odd)
+    assert [c.algorithm for c in foreign] == ALGORITHMS
+    assert all(c.credit is None and "not one of this installation" in c.note for c in foreign)
+
+
+# --- plots
+
+
+def run_data(path, **options):
+    folder = RunFolder.open(make_run(path, **options))
+    return RunData(folder.name, folder, folder.config(), folder.metrics(), folder.summary())
+
+
+def test_arms_are_runs_that_differ_in_the_seed_alone(tmp_path):
+    runs = [
+        run_data(tmp_path / "a"),
+        run_data(tmp_path / "b", seed=1, trackers=["none"]),
+        run_data(tmp_path / "c", optim={"lr": 0.5}),
+        run_data(tmp_path / "d", algo=ALGORITHMS[1]),
+    ]
+    first, second = ALGORITHMS[:2]
+    labels = {arm: [run.label for run in members] for arm, members in arms(runs).items()}
+    assert labels == {f"{first} (a)": ["a", "b"], f"{first} (c)": ["c"], second: ["d"]}
+
+
+def test_curves_and_bands(tmp_path):
+    a, b = run_data(tmp_path / "a"), run_data(tmp_path / "b", seed=1, steps=(1, 2))
+    alone = curves([a])["dev"]["pass_at_1"]["sampled tokens"][ALGORITHMS[0]]
+    assert alone["lines"] == [{"x": [0, 100, 200, 300], "y": pytest.approx([0.4, 0.5, 0.6, 0.7])}]
+    assert alone["band"]["low"] == pytest.approx([0.3, 0.4, 0.5, 0.6]) and alone["seeds"] == 1
+    both = curves([a, b])
+    assert both["dev"]["length"]["steps"][ALGORITHMS[0]]["band"]["x"] == [0, 1, 2]
+    assert both["training"]["pass_at_1"]["device-hours"][ALGORITHMS[0]]["lines"][0]["x"] == [0.5, 1.0, 1.5]
+
+
+def test_band_over_seeds_by_hand():
+    first, second = (np.array([0.0, 10.0]), np.array([0.0, 10.0])), (np.array([2.0, 4.0, 12.0]), np.array([8.0, 4.0, 4.0]))
+    x, low, mean, high = seed_band([first, second])
+    assert x.tolist() == [2, 4, 10] and low.tolist() == [2, 4, 4] and high.tolist() == [8, 4, 10] and mean.tolist() == [5, 4, 7]
+    apart = seed_band([(np.array([0.0, 1.0]), np.array([0.0, 1.0])), (np.array([2.0, 3.0]), np.array([0.0, 1.0]))])
+    assert [len(v) for v in apart] == [0, 0, 0, 0]
+
+
+def test_long_runs_are_thinned_but_keep_both_ends(tmp_path):
+    run = run_data(tmp_path / "a", steps=(1,))
+    many = RunData("a", run.folder, run.config, [{"step": s, "pass_at_1": 0.5, "length": float(s)} for s in range(1, 2001)], None)
+    line = curves([many])["training"]["length"]["steps"][ALGORITHMS[0]]["lines"][0]
+    assert len(line["x"]) <= MOST_POINTS and (line["x"][0], line["x"][-1]) == (1, 2000) and line["x"] == line["y"]
+    assert points([{"step": 1, "pass_at_1": None}], "pass_at_1", "step")[0].tolist() == []
+
+
+def test_lengths(tmp_path):
+    run = run_data(tmp_path / "a")
+    stored = {step: read_trees(run.folder.trees_path(step)) for step in (3, 1)}
+    found = lengths([run], {"a": stored})
+    assert [h["what"] for h in found] == ["step 1", "step 3"]
+    assert found[0]["n"] == sum(found[0]["counts"]) == 6 and found[0]["mean"] == pytest.approx((3 + 5 + 1) / 3)
+    assert found[0]["counts"][1] == found[0]["counts"][3] == found[0]["counts"][5] == 2
+    for model, tokens in (("base", 4), ("trained", 9)):
+        with run.folder.eval_sink(model) as sink:
+            sink({"temperature": 1.0, "tokens": tokens})
+            sink({"temperature": 0.0, "tokens": 99})
+    measured = lengths([run], {"a": stored})
+    assert [(h["what"], h["n"], h["mean"]) for h in measured] == [("base", 1, 4), ("trained", 1, 9)]
+
+
+def test_ledger(tmp_path):
+    done = ledger(run_data(tmp_path / "a"))
+    assert done["hours"]["sampling"] == 1 and done["hours"]["update"] == 0.5 and sum(done["hours"].values()) == 1.5 and done["finished"]
+    running = ledger(run_data(tmp_path / "b", finished=False))
+    assert running["hours"]["sampling"] == 1.5 and not running["finished"]
