@@ -145,7 +145,7 @@ class RunConfig:
         """Plain data for config.toml; `build` reads it back."""
         plain: dict[str, Any] = {"algo": self.algo}
         for name, value in self.sections().items():
-            plain[name] = ({"name": value.name} | _plain(value)) if name in PLUGGABLE else _plain(value)
+            plain[name] = ({"name": value.name} | to_plain(value)) if name in PLUGGABLE else to_plain(value)
         return plain
 
 
@@ -214,9 +214,10 @@ def chosen_names(layers: Sequence[tuple[str, Mapping[str, Any]]]) -> dict[str, s
     return chosen
 
 
-def _plain(value: Any) -> Any:
+def to_plain(value: Any) -> Any:
+    """A dataclass of options as plain data, NONE for what has no value; `overlay` reads it back."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value) if f.init}
+        return {f.name: to_plain(getattr(value, f.name)) for f in dataclasses.fields(value) if f.init}
     return NONE if value is None else value
 
 
@@ -229,23 +230,27 @@ def _merge(values: Mapping[str, Any], key: str, value: Any, origin: str, owner: 
         return _convert(value, get_type_hints(owner)[key], f"{origin}: {key}")
     if isinstance(value, Mapping) and key in PLUGGABLE:
         value = {k: v for k, v in value.items() if k != "name"}
-    return _overlay(old, value, origin, key)
+    return overlay(old, value, origin, key)
 
 
-def _overlay(old: Any, value: Any, origin: str, path: str) -> Any:
-    """The dataclass instance `old` with the options of the table `value`, which stands at `path`."""
+def overlay(old: Any, value: Any, origin: str, path: str = "") -> Any:
+    """The dataclass instance `old` with the options of the table `value`, which stands at `path` of `origin`.
+
+    Raises:
+        ValueError: unknown key, or a value of the wrong type or out of range.
+    """
     if not isinstance(value, Mapping):
         raise ValueError(f"{origin}: {path} = {value!r} must be a table of options")
     hints = get_type_hints(type(old))
     known = [f.name for f in dataclasses.fields(old) if f.init]
     changes = {}
     for option, new in value.items():
-        where = f"{path}.{option}"
+        where = f"{path}.{option}" if path else option
         if option not in known:
             raise ValueError(f"{origin}: unknown key {where}; allowed: {', '.join(known)}")
         nested = dataclasses.is_dataclass(getattr(old, option))
         changes[option] = (
-            _overlay(getattr(old, option), new, origin, where) if nested else _convert(new, hints[option], f"{origin}: {where}")
+            overlay(getattr(old, option), new, origin, where) if nested else _convert(new, hints[option], f"{origin}: {where}")
         )
     try:
         return replace(old, **changes)

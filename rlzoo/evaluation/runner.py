@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,7 +19,7 @@ from ..sampling.chains import Chains
 from ..sampling.grow import Prompt, grow_iter
 from ..tree import Float64, Int32, Stop, Tree
 from .metrics import length_summary, pass_at_k
-from .stats import Estimate, clustered_mean, proportion
+from .stats import Estimate, clustered_mean
 
 CUT = (Stop.LENGTH, Stop.DEPTH, Stop.REPETITION)
 """Stops that count as truncation: the model did not end the response itself."""
@@ -37,7 +37,7 @@ Grading = Callable[[list[tuple[str, str]]], Sequence[Any]]
 
 class Grades(Protocol):
     """Grades in the background (a `rlzoo.rewards.reward.Reward`): problems and response texts in, grades with `correct`
-    (1, 0 or NaN) and `kind` out."""
+    (1, 0 or NaN) and `kind` out. A ticket may have `done`, whether `collect` would return at once."""
 
     def submit(self, items: Sequence[tuple[Problem, str]]) -> Any: ...
 
@@ -98,8 +98,8 @@ class SetResult:
 
     @property
     def pass_at_1(self) -> Estimate:
-        """Mean over problems of the share of right samples, with its interval: Wilson for k = 1, clustered t otherwise."""
-        return proportion(self.means, self.k)
+        """Mean over problems of the share of right samples, with its interval (`clustered_mean`)."""
+        return clustered_mean(self.means)
 
     def pass_at(self, k: int) -> Estimate:
         """Unbiased pass@k, mean over the problems with at least k graded samples, with a clustered t interval.
@@ -215,20 +215,26 @@ def evaluate(
     return {name: replace(result, greedy=results[1][name]) for name, result in results[0].items()}
 
 
+@dataclass(frozen=True, slots=True)
+class _Verdicts:
+    verdicts: Sequence[Any]
+    done: ClassVar[bool] = True
+
+
 class _Pairs:
     """A plain grading function behind the interface of a background grader."""
 
     def __init__(self, grade: Grading) -> None:
         self._grade = grade
 
-    def submit(self, items: Sequence[tuple[Problem, str]]) -> Sequence[Any]:
+    def submit(self, items: Sequence[tuple[Problem, str]]) -> _Verdicts:
         verdicts = self._grade([(problem.answer, text) for problem, text in items])
         if len(verdicts) != len(items):
             raise RuntimeError(f"the grader returned {len(verdicts)} verdicts for {len(items)} responses")
-        return verdicts
+        return _Verdicts(verdicts)
 
     def collect(self, ticket: Any) -> Sequence[Any]:
-        verdicts: Sequence[Any] = ticket
+        verdicts: Sequence[Any] = ticket.verdicts
         return verdicts
 
 
@@ -304,9 +310,9 @@ def _by_problem(rows: Sequence[Row]) -> dict[Place, list[Row]]:
     return places
 
 
-def complete(rows: Sequence[Row], k: int) -> list[Row]:
-    """Those rows of an interrupted evaluation that belong to problems with all k samples (of a greedy problem: its one)."""
-    whole = [group for (_, _, temperature), group in _by_problem(rows).items() if len(group) == (k if temperature > 0 else 1)]
+def complete(rows: Sequence[Row], k: Mapping[str, int]) -> list[Row]:
+    """Those rows of an interrupted evaluation that belong to problems with all samples: k by set, of a greedy problem its one."""
+    whole = [group for (name, _, temperature), group in _by_problem(rows).items() if len(group) == (k[name] if temperature > 0 else 1)]
     return [row for group in whole for row in group]
 
 
@@ -389,7 +395,7 @@ def _graded(
         name, index = places[place]
         texts = tokenizer.batch_decode([tree.path_tokens(int(leaf)) for leaf in tree.leaves], skip_special_tokens=True)
         pending.append((name, index, tree, texts, grader.submit([(suite[name][index], text) for text in texts])))
-        if len(pending) > PENDING:
+        while pending and (len(pending) > PENDING or getattr(pending[0][-1], "done", False)):
             yield oldest()
     while pending:
         yield oldest()

@@ -87,6 +87,11 @@ def grader_version() -> str:
     return " ".join([f"rlzoo-grader {REVISION}", *(f"{name} {metadata.version(name)}" for name in packages)])
 
 
+def grader_name(config: GraderConfig) -> str:
+    """For result rows: the versions, and the settings that decide verdicts."""
+    return f"{grader_version()}, require_box {config.require_box}, {config.deadline_s:g} s, {config.memory_mb} MB"
+
+
 _Key = tuple[str, str, bool, str]  # gold answer, answer, was it boxed, grader version
 
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from .. import registry
 from ..data.problems import Problem
+
+if TYPE_CHECKING:
+    from .math import GraderConfig
 
 Item = tuple[Problem, str]  # problem and response text
 
@@ -37,10 +40,10 @@ class Reward(Protocol):
 class MathReward:
     """`rlzoo.rewards.math` behind the plug-in interface."""
 
-    def __init__(self) -> None:
+    def __init__(self, config: GraderConfig | None = None) -> None:
         from .math import Grader
 
-        self._grader = Grader()
+        self._grader = Grader(config)
 
     def submit(self, items: Sequence[Item]) -> Any:
         return self._grader.submit([(problem.answer, text) for problem, text in items])

@@ -12,6 +12,15 @@ PHASES = ("sampling", "grading", "credit", "scoring", "update", "sync", "evaluat
 """`other` is the time that no phase claimed."""
 
 
+def open_ledger(device: str) -> Ledger:
+    """A ledger for work on a torch device: on a CPU a device is a core, as many as torch has threads."""
+    import torch
+
+    if device == "cpu":
+        return Ledger(torch.get_num_threads(), "cpu core")
+    return Ledger(1, torch.cuda.get_device_name(device))
+
+
 class Ledger:
     """Seconds per phase. Phases are exclusive main-thread time: while an inner phase runs, the outer one stands still, and what
     no phase claims goes to `other`, so that the phases always sum to the wall time since the ledger was made.

@@ -23,11 +23,12 @@ from ..data.problems import Problem
 from ..data.stream import ProblemStream
 from ..data.templates import fitting, render
 from ..errors import one_line
+from ..evaluation.rows import result_row
 from ..report.progress import Progress
 from ..report.tables import Cost, FinalTable, final_table, print_table
 from ..rewards.reward import open_reward
 from ..sampling.seeds import mix
-from ..store.cost import Ledger
+from ..store.cost import open_ledger
 from ..store.environment import environment
 from ..store.files import locked, taken_back
 from ..store.runs import RunFolder
@@ -126,7 +127,7 @@ class Trainer:
     ) -> None:
         self.config, self.folder, self.loaded = config, folder, loaded
         self.algorithm = config.algorithm
-        self.ledger = _ledger(loaded.device)
+        self.ledger = open_ledger(loaded.device)
         self.model = loaded.model
         self.step = 0
         self.best: dict[str, float] = {}
@@ -334,24 +335,28 @@ class Trainer:
         training = self.ledger.as_dict()
         self.progress.close()
         results = self.measurer.final(self.model)
-        summary = {
+        summary = result_row(
+            kind="run",
+            arm=self.config.algo,
+            config=self.config.to_dict(),
+            results=results,
+            ledger=self.ledger.as_dict(),
+            environment=environment(),
+            **self.measurer.described(),
+        ) | {
             "algo": self.config.algo,
-            "seed": self.config.seed,
             "steps": self.step,
             "sampled_tokens": self.sampled_tokens,
             "unrolled_tokens": int(sum(row.get("unrolled_tokens", 0) for row in self.folder.metrics())),
             "best": self.best,
             "training": training,
-            "config": self.config.to_dict(),
-            "environment": environment(),
-            "results": {model: {name: r.as_dict() for name, r in sets.items()} for model, sets in results.items()},
         }
         table = None
         if results:
             cost = Cost(self.sampled_tokens, training["device_hours"])
             table = final_table(results["base"], results["trained"], cost, device=self.ledger.device)
             summary["table"] = table.as_dict()
-        self.folder.write_summary(summary | {"ledger": self.ledger.as_dict()})
+        self.folder.write_summary(summary)
         if table is not None:
             print_table(table)
         print(f"run folder: {self.folder.path}")
@@ -368,12 +373,6 @@ class Trainer:
 def _record(graded: GradedTree) -> TreeRecord:
     problem = graded.problem
     return TreeRecord(problem.id, problem.problem, problem.answer, graded.kinds, graded.texts)
-
-
-def _ledger(device: str) -> Ledger:
-    if device == "cpu":
-        return Ledger(torch.get_num_threads(), "cpu core")
-    return Ledger(1, torch.cuda.get_device_name(device))
 
 
 __all__ = ["Run", "Trainer", "run"]

@@ -8,9 +8,11 @@ from typing import Any
 from ..backends.protocol import Backend
 from ..config import RunConfig
 from ..data.problems import Problem
+from ..evaluation.rows import Protocol, engine_name, testset_rows
 from ..evaluation.runner import SetResult, evaluate
-from ..evaluation.suites import load_suite
+from ..evaluation.suites import find_suite, load_suite
 from ..report.progress import Progress, counting
+from ..rewards.math import GraderConfig, grader_name
 from ..rewards.reward import Reward
 from ..store.cost import Ledger
 from ..store.runs import RunFolder
@@ -28,6 +30,28 @@ class Measurer:
         self._config, self._backend, self._reward = config, backend, reward
         self._ledger, self._folder, self._progress = ledger, folder, progress
         self.suite = {} if config.evaluation.suite == NONE else load_suite(config.evaluation.suite)
+
+    def described(self) -> dict[str, Any]:
+        """What a result row says of the final measurement: suite, testsets, weights and protocol."""
+        config, options = self._config, self._config.evaluation
+        suite = find_suite(options.suite) if self.suite else None
+        return {
+            "suite": options.suite,
+            "testsets": testset_rows(suite, self.suite) if suite else {},
+            "weights": suite.weights_by_set if suite else {},
+            "protocol": Protocol(
+                template=config.template,
+                grader=grader_name(GraderConfig()) if config.reward == "math" else config.reward,
+                k=dict.fromkeys(self.suite, options.k),
+                greedy=True,
+                temperature=1.0,
+                max_response_tokens=options.max_response_tokens,
+                sampler={"name": "chains", "top_p": 1.0},
+                engine=engine_name(self._backend, config.backend.dtype),
+                vote=None,
+                seed=SEED,
+            ),
+        }
 
     def dev(self, problems: Sequence[Problem], *, step: int) -> dict[str, float]:
         """Pass@1 and mean response length on dev problems, with the interval's half width."""

@@ -63,10 +63,10 @@ def patch(target, how, nth, signals=("SIGKILL",)):
 
 def small_suite():
     """Two problems of each set of a suite, so that a final evaluation takes a second."""
-    from rlzoo.training import measure
+    from rlzoo.evaluation.suites import Suite
 
-    problems = {testset: problems[:2] for testset, problems in measure.load_suite("mini").items()}
-    measure.load_suite = lambda name: problems
+    whole = Suite.load
+    Suite.load = lambda self, data_dir=None: {name: problems[:2] for name, problems in whole(self, data_dir).items()}
 
 
 def run(request):

@@ -1,0 +1,116 @@
+"""The schema of `rlzoo eval`. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from ..config import BackendOptions, overlay, to_plain
+from ..sampling.base import Sampler
+from ..sampling.chains import Chains
+from ..sampling.segments import Segments
+
+MOST = 1 << 16  # responses per problem, for what can be checked before k is known
+
+
+@dataclass(frozen=True)
+class SegmentOptions:
+    """How trees of segments grow, see the sampler `segments`; its width is k, a segment is the response limit / depth."""
+
+    depth: int = 8
+    """Most segments on a path; has to divide the response limit."""
+    branching: tuple[int, ...] = (2,)
+    """Continuations of a path at a boundary: one number, or the least and the most of a draw."""
+    initial: tuple[int, ...] = (2, 8)
+    """Copies of the prompt at the start: one number, or the least and the most of a draw per problem."""
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Everything that decides what an evaluation measures.
+
+    Raises:
+        ValueError: a value is out of range, or two of them do not fit together.
+    """
+
+    model: Annotated[str, tyro.conf.Positional] = ""
+    """The embedded model (tiny), a local folder, or a hub id."""
+    suite: str = "mini"
+    """Suite of test sets."""
+    data_dir: str = ""
+    """Folder with the test sets as local files; without it they are made or downloaded."""
+    k: int | None = None
+    """Sampled responses per problem; none: what the suite says for each set."""
+    greedy: bool = False
+    """Decode every problem greedily too."""
+    temperature: float = 1.0
+    """Sampling temperature; 0 is greedy and needs k = 1."""
+    top_p: float = 1.0
+    """Nucleus sampling; 1 switches it off."""
+    max_response_tokens: int = 256
+    """Longest response, tokens."""
+    template: str | None = None
+    """Prompt template: plain, qwen-boxed, chat, or package.module:function; none: that of the suite's sets."""
+    vote: Literal["equivalent", "string"] = "equivalent"
+    """What counts as one candidate in the majority vote: answers that the grader takes for the same, or equal strings."""
+    sampler: Literal["chains", "segments"] = "chains"
+    """chains: independent responses; segments: a tree per problem."""
+    segments: SegmentOptions = field(default_factory=SegmentOptions)
+    """For --sampler segments."""
+    seed: int = 0
+    """What the samples depend on."""
+    backend: BackendOptions = field(default_factory=BackendOptions)
+
+    def __post_init__(self) -> None:
+        if self.seed < 0:
+            raise ValueError(f"seed is {self.seed}; it must be at least 0")
+        self.sampler_of(self.k if self.k is not None else MOST)  # validates
+
+    def sampler_of(self, k: int) -> Sampler:
+        """The sampler that grows a problem's k responses.
+
+        Raises:
+            ValueError: k < 1, or it does not fit the other options.
+        """
+        if k < 1:
+            raise ValueError(f"k is {k}; at least 1 response per problem is needed")
+        if self.temperature == 0 and (k > 1 or self.greedy):
+            raise ValueError(
+                "temperature 0 is greedy decoding, where all samples of a problem would be the same: use --k 1 without --greedy, or a "
+                "temperature above 0"
+            )
+        try:
+            return self._sampler(k, {"temperature": self.temperature, "top_p": self.top_p})
+        except ValueError as error:  # told with the names that these options have here
+            said = str(error).replace("sampler.width", "k").replace("sampler.initial", "segments.initial")
+            raise ValueError(said.replace("sampler.branching", "segments.branching").replace("sampler.", "")) from error
+
+    def _sampler(self, k: int, shared: dict[str, Any]) -> Sampler:
+        if self.sampler == "chains":
+            return Chains(group_size=k, max_response_tokens=self.max_response_tokens, **shared)
+        tree = self.segments
+        if tree.depth < 1 or self.max_response_tokens % tree.depth:
+            raise ValueError(
+                f"segments.depth is {tree.depth}, which does not divide max_response_tokens = {self.max_response_tokens}: segments of "
+                "one length cannot fill the responses; choose another depth or limit"
+            )
+        length = self.max_response_tokens // tree.depth
+        return Segments(width=k, depth=tree.depth, segment_tokens=length, branching=tree.branching, initial=tree.initial, **shared)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for config.toml; `from_dict` reads it back."""
+        made: dict[str, Any] = to_plain(self)
+        return made
+
+    @classmethod
+    def from_dict(cls, tables: Mapping[str, Any], origin: str) -> EvalConfig:
+        """A config out of the tables of `origin`, defaults where they say nothing.
+
+        Raises:
+            ValueError: unknown key, or a value of the wrong type or out of range.
+        """
+        made: EvalConfig = overlay(cls(), tables, origin)
+        return made

@@ -1,0 +1,52 @@
+"""One table in every form: rich on a terminal, columns in a log, Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """Cells under a head, the first `names` columns being words; `notes` are lines below, rows named in `strong` stand out."""
+
+    title: str
+    head: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    notes: Sequence[str] = ()
+    names: int = 1
+    strong: Sequence[str] = ()
+
+    def rich(self) -> RenderableType:
+        """For a terminal."""
+        shown = Table(title=self.title, box=SIMPLE_HEAD, title_justify="left")
+        for i, name in enumerate(self.head):
+            shown.add_column(name, justify="left" if i < self.names else "right")
+        for row in self.rows:
+            shown.add_row(*[Text(cell) for cell in row], style="bold" if row[0] in self.strong else "")
+        return Group(shown, *[Text(line, style="dim") for line in self.notes])
+
+    def text(self) -> str:
+        """In columns of whatever width they need, for logs and pipes."""
+        widths = [max(len(row[i]) for row in [self.head, *self.rows]) for i in range(len(self.head))]
+        lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in [self.head, *self.rows]]
+        return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:], *self.notes]) + "\n"
+
+    def markdown(self) -> str:
+        """For `results/`, under a heading of the second level."""
+        lines = [self.head, ["---"] * len(self.head), *self.rows]
+        cells = [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in lines]
+        return "\n".join([f"## {self.title}\n", *cells, *([""] if self.notes else []), *[f"- {line}" for line in self.notes]]) + "\n"
+
+    def print(self, console: Console | None = None) -> None:
+        """With rich on a terminal, as text elsewhere."""
+        console = console or Console()
+        if console.is_terminal:
+            console.print(self.rich())
+        else:
+            print(self.text(), file=console.file, end="", flush=True)
