@@ -13,7 +13,7 @@ from dataclasses import is_dataclass, make_dataclass
 from difflib import get_close_matches
 from itertools import takewhile
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
@@ -22,6 +22,9 @@ from .algorithm import options
 from .config import PLUGGABLE, RunConfig, build, chosen_names, presets, read_preset, read_toml
 from .errors import one_line
 from .store.runs import RunFolder
+
+if TYPE_CHECKING:
+    from .evaluation.options import EvalConfig
 
 USAGE = 2  # exit status of bad input, as argparse's
 FAILED = 1
@@ -179,28 +182,67 @@ def _show(argv: Sequence[str]) -> int:
     return 0
 
 
-def _report(argv: Sequence[str]) -> int:
-    """Make one HTML page of runs: rlzoo report RUN... --out report.html. Results, curves, costs and a viewer of sampled trees."""
+def parse_eval(argv: Sequence[str]) -> tuple[EvalConfig, Path | None, bool]:
+    """Config, --out folder and --resume of an `eval` command line; with --resume, the options of the evaluation to go on with are
+    the defaults.
 
-    def report(
-        runs: Annotated[tuple[Path, ...], tyro.conf.Positional] = (),
-        /,
-        out: Path = Path("report.html"),
-        trees: int = 6,
-        force: bool = False,
-    ) -> Callable[[], None]:
-        """Write a page that needs no network to --out, with --trees sampled trees per run (of the first, middle and last step; 0: no
-        tree viewer). --force replaces a file that is there."""
-        from .report.html import write_report
+    Raises:
+        ValueError: bad folder, option or value.
+        SystemExit: --help.
+    """
+    from .evaluation.options import EvalConfig
 
-        def write() -> None:
-            made = write_report(runs, out, trees=trees, force=force)
-            left = f", {made.left_out} trees had no room" if made.left_out else ""
-            print(f"{made.path}: {len(runs)} runs, {made.trees} trees, {made.size_bytes / 1e6:.2f} MB{left}")
+    first = argparse.ArgumentParser(prog="rlzoo eval", add_help=False, allow_abbrev=False, exit_on_error=False)
+    first.add_argument("--out")
+    first.add_argument("--resume", action="store_true")
+    try:
+        chosen, flags = first.parse_known_args(argv)
+    except argparse.ArgumentError as error:
+        raise ValueError(str(error)) from error
+    base = EvalConfig()
+    if chosen.resume:
+        if not chosen.out:
+            raise ValueError("--resume needs --out FOLDER, the evaluation to go on with")
+        kept = RunFolder.open(chosen.out)
+        base = EvalConfig.from_dict(kept.config(), str(kept.path / "config.toml"))
+    description = "Also: --out FOLDER  --resume. Or, of outputs that were recorded elsewhere: rlzoo eval --from-outputs FILE... [--json]"
+    config = _parse(EvalConfig, "rlzoo eval", flags, default=base, description=description)
+    return config, Path(chosen.out) if chosen.out else None, chosen.resume
 
-        return write
 
-    _parse(report, "rlzoo report", argv)()
+def _eval(argv: Sequence[str]) -> int:
+    """Measure a model: rlzoo eval MODEL --suite NAME. Or grade recorded outputs: rlzoo eval --from-outputs FILE..."""
+    if "--from-outputs" in argv:
+        first = argparse.ArgumentParser(prog="rlzoo eval", add_help=False, allow_abbrev=False, exit_on_error=False)
+        first.add_argument("--from-outputs", nargs="+", type=Path)
+        first.add_argument("--json", action="store_true")
+        try:
+            chosen, left = first.parse_known_args(argv)
+        except argparse.ArgumentError as error:
+            raise ValueError(str(error)) from error
+        if left:
+            raise ValueError(f"{left[0]!r} does not go with --from-outputs, which takes files and --json")
+        from .report.evaluated import print_recorded
+
+        print_recorded(chosen.from_outputs, as_json=chosen.json)
+        return 0
+    config, out, resume = parse_eval(argv)
+    from .evaluation.job import run_eval
+
+    run_eval(config, out=out, resume=resume)
+    return 0
+
+
+def _leaderboard(argv: Sequence[str]) -> int:
+    """Rank the result rows of a folder: rlzoo leaderboard [--results results]. Writes leaderboard.md and leaderboard.html there."""
+
+    def leaderboard(results: Path = Path("results")) -> Callable[[], None]:
+        """Check every row (*.json) below --results and write leaderboard.md and leaderboard.html into it."""
+        from .report.leaderboard import write_leaderboard
+
+        return lambda: write_leaderboard(results)
+
+    _parse(leaderboard, "rlzoo leaderboard", argv)()
     return 0
 
 
@@ -248,8 +290,9 @@ def _tiny(argv: Sequence[str]) -> int:
 
 VERBS: dict[str, Callable[[Sequence[str]], int]] = {
     "run": _run,
+    "eval": _eval,
+    "leaderboard": _leaderboard,
     "show": _show,
-    "report": _report,
     "algos": _algos,
     "doctor": _doctor,
     "tiny": _tiny,
