@@ -138,6 +138,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--tree", action="store_true", help="also measure a 4-ary tree with the same response limit")
     options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
+    origin = provenance(options.device)  # now: the checkout may change while this runs
     model, tokenizer = load(options)
     prompts, ends = make_prompts(tokenizer, options.problems), end_ids(tokenizer, model)
     rows = [torch.tensor(list(p.ids)) for p in prompts for _ in range(options.group_size)]
@@ -168,7 +169,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "ratio": {batch: round(rates[f"engine_{batch}"] / rates[f"generate_{batch}"], 2) for batch in options.rows},
     }
     row |= {f"{name}_{key}": value for name, figures in measured.items() for key, value in figures.items()}
-    record(row | provenance(options.device), options.out)
+    record(row | origin, options.out)
 
 
 if __name__ == "__main__":

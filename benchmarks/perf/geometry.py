@@ -126,6 +126,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
+    origin = provenance()  # now: the checkout may change while this runs
     loaded = load_model(options.model, dtype="float32", device="cpu")
     tokenizer = loaded.tokenizer
     backend = TorchBackend(loaded.model, tokenizer, capacity=options.capacity)
@@ -141,7 +142,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         shape = {"benchmark": "geometry", "depth": depth, "branching": branching, "segment_tokens": tokens}
         shape["full_length_share_saved"] = round(full_length(tree, tokenizer), 4)
         for fallback in ("none", "random"):
-            record(shape | {"fallback": fallback} | row_of(arms[fallback], arms["chains"]) | settings | provenance(), options.out)
+            record(shape | {"fallback": fallback} | row_of(arms[fallback], arms["chains"]) | settings | origin, options.out)
 
 
 if __name__ == "__main__":

@@ -147,6 +147,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--autocast", action="store_true", help="bfloat16 autocast")
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
+    origin = provenance()  # now: the checkout may change while this runs
     for name, (levels, ragged) in SHAPES.items():
         rng = np.random.default_rng(0)
         trees = [make_tree(rng, levels, 32, ragged) for _ in range(args.trees)]
@@ -154,7 +155,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         seconds = measure(trees, credits, args.repeats, args.token_budget, torch.bfloat16 if args.autocast else None)
         settings = {"trees": args.trees, "repeats": args.repeats, "token_budget": args.token_budget, "autocast": args.autocast}
         row = {"benchmark": "update", "shape": name} | row_of(trees, seconds, args.token_budget)
-        record(row | settings | provenance(), args.out)
+        record(row | settings | origin, args.out)
 
 
 if __name__ == "__main__":
