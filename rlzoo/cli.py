@@ -182,6 +182,31 @@ def _show(argv: Sequence[str]) -> int:
     return 0
 
 
+def _report(argv: Sequence[str]) -> int:
+    """Make one HTML page of runs: rlzoo report RUN... --out report.html. Results, curves, costs and a viewer of sampled trees."""
+
+    def report(
+        runs: Annotated[tuple[Path, ...], tyro.conf.Positional] = (),
+        /,
+        out: Path = Path("report.html"),
+        trees: int = 6,
+        force: bool = False,
+    ) -> Callable[[], None]:
+        """Write a page that needs no network to --out, with --trees sampled trees per run (of the first, middle and last step; 0: no
+        tree viewer). --force replaces a file that is there."""
+        from .report.html import write_report
+
+        def write() -> None:
+            made = write_report(runs, out, trees=trees, force=force)
+            left = f", {made.left_out} trees had no room" if made.left_out else ""
+            print(f"{made.path}: {len(runs)} runs, {made.trees} trees, {made.size_bytes / 1e6:.2f} MB{left}")
+
+        return write
+
+    _parse(report, "rlzoo report", argv)()
+    return 0
+
+
 def parse_eval(argv: Sequence[str]) -> tuple[EvalConfig, Path | None, bool]:
     """Config, --out folder and --resume of an `eval` command line; with --resume, the options of the evaluation to go on with are
     the defaults.
@@ -293,6 +318,7 @@ VERBS: dict[str, Callable[[Sequence[str]], int]] = {
     "eval": _eval,
     "leaderboard": _leaderboard,
     "show": _show,
+    "report": _report,
     "algos": _algos,
     "doctor": _doctor,
     "tiny": _tiny,
