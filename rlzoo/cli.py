@@ -230,7 +230,7 @@ def parse_eval(argv: Sequence[str]) -> tuple[EvalConfig, Path | None, bool]:
             raise ValueError("--resume needs --out FOLDER, the evaluation to go on with")
         kept = RunFolder.open(chosen.out)
         base = EvalConfig.from_dict(kept.config(), str(kept.path / "config.toml"))
-    description = "Also: --out FOLDER  --resume. Or, of outputs that were recorded elsewhere: rlzoo eval --from-outputs FILE... [--json]"
+    description = "Also: --out FOLDER  --resume. Or, of outputs that were recorded elsewhere: rlzoo eval --from-outputs FILE... [--json] [--out FOLDER]"
     config = _parse(EvalConfig, "rlzoo eval", flags, default=base, description=description)
     return config, Path(chosen.out) if chosen.out else None, chosen.resume
 
@@ -241,15 +241,16 @@ def _eval(argv: Sequence[str]) -> int:
         first = argparse.ArgumentParser(prog="rlzoo eval", add_help=False, allow_abbrev=False, exit_on_error=False)
         first.add_argument("--from-outputs", nargs="+", type=Path)
         first.add_argument("--json", action="store_true")
+        first.add_argument("--out", type=Path)
         try:
             chosen, left = first.parse_known_args(argv)
         except argparse.ArgumentError as error:
             raise ValueError(str(error)) from error
         if left:
-            raise ValueError(f"{left[0]!r} does not go with --from-outputs, which takes files and --json")
+            raise ValueError(f"{left[0]!r} does not go with --from-outputs, which takes files, --json and --out FOLDER")
         from .report.evaluated import print_recorded
 
-        print_recorded(chosen.from_outputs, as_json=chosen.json)
+        print_recorded(chosen.from_outputs, as_json=chosen.json, out=chosen.out)
         return 0
     config, out, resume = parse_eval(argv)
     from .evaluation.job import run_eval

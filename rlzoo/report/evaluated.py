@@ -11,7 +11,7 @@ from ..evaluation.recorded import RecordedResult, grade_outputs, read_outputs
 from ..evaluation.stats import Estimate
 from ..rewards.math import Grader, GraderConfig, grader_name
 from ..store.environment import environment
-from ..store.runs import to_json
+from ..store.runs import to_json, write_aside
 from .grid import Grid
 from .tables import OVERALL
 from .text import count, percent, points
@@ -67,8 +67,9 @@ def print_evaluation(row: Mapping[str, Any]) -> None:
     evaluation_grid(row).print()
 
 
-def print_recorded(files: Sequence[Path], *, as_json: bool = False) -> None:
-    """Grade recorded outputs and print a line per model, or with `as_json` everything for a program.
+def print_recorded(files: Sequence[Path], *, as_json: bool = False, out: Path | None = None) -> None:
+    """Grade recorded outputs and print a line per model, or with `as_json` everything for a program; with `out` also write
+    `recorded.md` and `recorded.jsonl` (a line per model, with the grader's version and the environment) into that folder.
 
     Raises:
         ValueError: a file that cannot be read; nothing is graded then.
@@ -78,11 +79,15 @@ def print_recorded(files: Sequence[Path], *, as_json: bool = False) -> None:
     config = GraderConfig(require_box=False)  # these models were not asked for a box
     with Grader(config) as grader:
         results = [result for path in files for result in grade_outputs(path, grader.grade)]
+    made = {"grader": grader_name(config), "environment": environment()}
+    grid = recorded_grid(results, made["grader"])
+    if out is not None:
+        write_aside(out / "recorded.jsonl", "".join(to_json(r.as_dict() | made) + "\n" for r in results))
+        write_aside(out / "recorded.md", grid.markdown())
     if as_json:
-        told = {"grader": grader_name(config), "environment": environment(), "results": [r.as_dict() for r in results]}
-        print(to_json(told))
+        print(to_json(made | {"results": [r.as_dict() for r in results]}))
     else:
-        recorded_grid(results, grader_name(config)).print()
+        grid.print()
 
 
 def recorded_grid(results: Sequence[RecordedResult], grader: str) -> Grid:
