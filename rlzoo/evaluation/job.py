@@ -30,7 +30,7 @@ from ..store.runs import RunFolder, read_rows, to_json, write_aside
 from ..training.interrupts import Interrupts
 from ..training.models import load_model, pick_device
 from .options import EvalConfig
-from .rows import Protocol, engine_name, result_row, testset_rows
+from .rows import Protocol, describe_sets, engine_name, result_row
 from .runner import Grades, Row, SetResult, Sink, complete, evaluate
 from .stats import clustered_mean
 from .suites import Suite, find_suite
@@ -267,7 +267,7 @@ def _row(plan: Plan, results: Mapping[str, SetResult], backend: Backend, ledger:
         arm=Path(config.model).name,
         config=config.to_dict(),
         suite=config.suite,
-        testsets=testset_rows(plan.suite, plan.problems),
+        testsets=describe_sets(plan.suite, plan.problems),
         protocol=protocol,
         results={MODEL: results},
         weights=plan.suite.weights_by_set,

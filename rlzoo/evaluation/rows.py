@@ -229,7 +229,7 @@ def engine_name(backend: Any, dtype: str) -> str:
     return f"{type(backend).__module__.rpartition('.')[2]} {dtype}"
 
 
-def testset_rows(suite: Suite, problems: Mapping[str, Sequence[Problem]]) -> dict[str, Testset]:
+def describe_sets(suite: Suite, problems: Mapping[str, Sequence[Problem]]) -> dict[str, Testset]:
     """What a row says of a suite's sets and their problems."""
     return {spec.name: Testset.of(spec, problems[spec.name]) for spec in suite.sets}
 

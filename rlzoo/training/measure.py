@@ -8,7 +8,7 @@ from typing import Any
 from ..backends.protocol import Backend
 from ..config import RunConfig
 from ..data.problems import Problem
-from ..evaluation.rows import Protocol, engine_name, testset_rows
+from ..evaluation.rows import Protocol, describe_sets, engine_name
 from ..evaluation.runner import SetResult, evaluate
 from ..evaluation.suites import find_suite, load_suite
 from ..report.progress import Progress, counting
@@ -37,7 +37,7 @@ class Measurer:
         suite = find_suite(options.suite) if self.suite else None
         return {
             "suite": options.suite,
-            "testsets": testset_rows(suite, self.suite) if suite else {},
+            "testsets": describe_sets(suite, self.suite) if suite else {},
             "weights": suite.weights_by_set if suite else {},
             "protocol": Protocol(
                 template=config.template,
