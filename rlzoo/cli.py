@@ -230,7 +230,7 @@ def parse_eval(argv: Sequence[str]) -> tuple[EvalConfig, Path | None, bool]:
             raise ValueError("--resume needs --out FOLDER, the evaluation to go on with")
         kept = RunFolder.open(chosen.out)
         base = EvalConfig.from_dict(kept.config(), str(kept.path / "config.toml"))
-    description = "Also: --out FOLDER  --resume. Or: rlzoo eval --from-outputs FILE... [--json] [--out FOLDER], for outputs recorded elsewhere"
+    description = "Also: --out FOLDER  --resume. Or: rlzoo eval --from-outputs FILE... [--json] [--out FOLDER], for recorded outputs"
     config = _parse(EvalConfig, "rlzoo eval", flags, default=base, description=description)
     return config, Path(chosen.out) if chosen.out else None, chosen.resume
 
