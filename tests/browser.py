@@ -1,4 +1,7 @@
-"""A headless Chromium, driven over its DevTools pipe: no driver program and no further package."""
+"""A headless Chromium, driven over its DevTools pipe: no driver program and no further package.
+
+`python -m tests.browser PAGE.html PICTURE.png [SELECTOR]` takes the picture of a report, or of one element of it.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ import os
 import select
 import shutil
 import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -154,3 +158,9 @@ class Browser:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+if __name__ == "__main__":
+    with Browser() as browser:
+        browser.open(Path(sys.argv[1]))
+        browser.screenshot(Path(sys.argv[2]), *sys.argv[3:4])

@@ -18,6 +18,7 @@ from ..store.cost import PHASES
 from ..store.files import write_aside
 from ..store.runs import RunFolder
 from ..store.trees import StoredTree, read_trees
+from ..tree import Tree
 from .counterfactual import Judges
 from .plots import RunData, arms, curves, ledger, lengths
 from .tables import FinalTable, Line, both, caption
@@ -86,9 +87,12 @@ def _labels(runs: Sequence[Path]) -> dict[str, Path]:
 def _read(label: str, path: Path) -> RunData:
     folder = RunFolder.open(path)
     try:
-        return RunData(label, folder, folder.config(), folder.metrics(), folder.summary())
+        run = RunData(label, folder, folder.config(), folder.metrics(), folder.summary())
     except ValueError as error:
         raise ValueError(f"run {path}: {error}") from error
+    if run.summary is not None and not {"steps", "ledger"} <= set(run.summary):
+        raise ValueError(f"run {path}: its summary.json is not a run's result row; it lacks steps or ledger")
+    return run
 
 
 def _stored(run: RunData, trees: int) -> dict[int, list[StoredTree]]:
@@ -97,7 +101,10 @@ def _stored(run: RunData, trees: int) -> dict[int, list[StoredTree]]:
     if not steps:
         raise ValueError(f"{run.folder.path} holds no stored trees; --trees 0 makes a report without the tree viewer")
     chosen = dict.fromkeys([steps[-1], steps[0], steps[len(steps) // 2]][: max(1, trees)])
-    return {step: read_trees(run.folder.trees_path(step)) for step in chosen}
+    try:
+        return {step: read_trees(run.folder.trees_path(step)) for step in chosen}
+    except ValueError as error:
+        raise ValueError(f"run {run.folder.path}: {error}") from error
 
 
 def _viewer(runs: Sequence[RunData], sampled: Sampled, trees: int) -> tuple[dict[str, Any], int]:
@@ -126,13 +133,13 @@ def _viewer(runs: Sequence[RunData], sampled: Sampled, trees: int) -> tuple[dict
 
 def choose(stored: Mapping[int, Sequence[StoredTree]], trees: int) -> list[tuple[int, int]]:
     """Up to `trees` pairs (step, index of a tree in it), the best first: the steps take turns in their order; within one, trees with
-    right and wrong responses come first, the more even the earlier."""
+    right and wrong responses come first, the more even the earlier, of equally even ones the larger."""
 
-    def unevenness(tree: StoredTree) -> float:
-        right, wrong = int((tree.tree.correct == 1).sum()), int((tree.tree.correct == 0).sum())
-        return abs(right - wrong) / (right + wrong) if right + wrong else 1.0
+    def late(tree: Tree) -> tuple[float, int]:
+        right, wrong = int((tree.correct == 1).sum()), int((tree.correct == 0).sum())
+        return abs(right - wrong) / (right + wrong) if right + wrong else 1.0, -tree.nodes
 
-    ranked = [[(step, i) for i in sorted(range(len(found)), key=lambda i: unevenness(found[i]))] for step, found in stored.items()]
+    ranked = [[(step, i) for i in sorted(range(len(found)), key=lambda i: late(found[i].tree))] for step, found in stored.items()]
     longest = max((len(r) for r in ranked), default=0)
     return [r[turn] for turn in range(longest) for r in ranked if turn < len(r)][:trees]
 
@@ -190,10 +197,11 @@ def _hash(text: str) -> str:
 
 
 def _runs_table(runs: Sequence[RunData]) -> tuple[list[str], list[list[str]]]:
-    head = ["run", "algorithm", "seed", "model", "steps", "dev Pass@1, %", "dev length", "sampled tokens", "device-hours", "state"]
+    head = ["run", "algorithm", "seed", "model", "steps", "dev Pass@1, % (± 95 %)", "dev length", "sampled tokens", "device-hours", "state"]
     rows = []
     for run in runs:
         dev = [row for row in run.rows if row.get("dev/pass_at_1") is not None]
+        half = dev[-1].get("dev/half_width") if dev else None
         last = run.rows[-1] if run.rows else {}
         planned = run.config.get("schedule", {}).get("steps", "?")
         hours = max((float(r.get("device_hours") or 0) for r in run.rows), default=0.0)
@@ -205,7 +213,7 @@ def _runs_table(runs: Sequence[RunData]) -> tuple[list[str], list[list[str]]]:
                 str(run.seed),
                 str(run.config.get("model", "?")),
                 f"{last.get('step', 0)} of {planned}",
-                _change([100 * row["dev/pass_at_1"] for row in dev]),
+                _change([100 * row["dev/pass_at_1"] for row in dev]) + (f" ± {100 * half:.1f}" if half is not None else ""),
                 _change([row["dev/length"] for row in dev if row.get("dev/length") is not None]),
                 count(tokens),
                 f"{hours:.3f}",

@@ -127,6 +127,12 @@ def test_what_a_model_wrote_is_shown_and_not_run(page):
     assert page.value("document.title").startswith("rlzoo report: run0")
 
 
+def test_a_foreign_script_would_not_run(page):
+    page.value("document.body.append(Object.assign(document.createElement('script'), {textContent: 'document.title = 0'})), 0")
+    assert page.value("document.title").startswith("rlzoo report: run0")
+    assert "Content Security Policy" in page.messages.pop()
+
+
 def test_geometry_is_lengths_and_leaves(page):
     def box(n):
         rectangle = f"document.querySelector('.node[data-node=\"{n}\"]').getBoundingClientRect()"
@@ -212,7 +218,8 @@ CONTRAST = """(() => {
   const linear = (v) => v <= .04045 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4;
   const light = (c) => { const [r, g, b] = rgb(c).map(v => linear(v / 255)); return .2126 * r + .7152 * g + .0722 * b; };
   const ratio = (a, b) => { const [x, y] = [light(a), light(b)].sort((p, q) => q - p); return (x + .05) / (y + .05); };
-  const found = [...document.querySelectorAll('.node')].map(e => ratio(getComputedStyle(e).color, getComputedStyle(e).backgroundColor));
+  const boxes = [...document.querySelectorAll('.node, .stack div')].map(e => getComputedStyle(e));
+  const found = boxes.map(style => ratio(style.color, style.backgroundColor));
   const card = getComputedStyle(document.querySelector('section')).backgroundColor;
   for (const q of ['h2', 'td', '.note', 'dt', '.tick', 'button', '.verdict.right', '.verdict.wrong']) {
     const style = getComputedStyle(document.querySelector(q));

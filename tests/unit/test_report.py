@@ -176,6 +176,8 @@ def test_half_written_files_are_named(tmp_path, capsys):
     (run / "trees" / "step-3.parquet").write_bytes(whole)
     (run / "summary.json").write_text('{"steps": 3, "led')
     assert "summary.json is not JSON" in refused(capsys, run, "--out", tmp_path / "r.html")
+    (run / "summary.json").write_text("{}")
+    assert "not a run's result row" in refused(capsys, run, "--out", tmp_path / "r.html")
     (run / "summary.json").unlink()
     (run / "metrics.jsonl").write_text('{"step": 0}\n{"step"\n{"step": 2}\n')
     assert "line 2 of metrics.jsonl is not JSON" in refused(capsys, run, "--out", tmp_path / "r.html")

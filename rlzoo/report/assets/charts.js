@@ -68,7 +68,7 @@ function drawCurves(f, perArm, axis, percent) {
     if (a.lines.length > 1) for (const l of a.lines) f.canvas.append(svg("path", { d: path(l.x, l.y, f), class: "seed", stroke: armColor(i) }));
     if (!main) return;
     f.canvas.append(svg("path", { d: path(main.x, main.y, f), class: "line", stroke: armColor(i) }));
-    if (main.x.length <= 12) main.x.forEach((x, k) => f.canvas.append(svg("circle", { cx: f.x(x), cy: f.y(main.y[k]), r: 3, fill: armColor(i) })));
+    if (a.lines.length === 1 && main.x.length <= 20) main.x.forEach((x, k) => f.canvas.append(svg("circle", { cx: f.x(x), cy: f.y(main.y[k]), r: 3, fill: armColor(i) })));
     traces.push({ arm, i, ...main });
   });
   follow(f, traces, axis, shown);

@@ -23,11 +23,11 @@ function svg(tag, attributes = {}, ...children) {
 
 const byId = (id) => document.getElementById(id);
 
-/** A figure in three digits, with the true minus sign; "–" where there is none. */
-function figure(x, signed = false) {
+/** A figure in three digits and at most `decimals`, with the true minus sign; "–" where there is none. */
+function figure(x, signed = false, decimals = 3) {
   if (x === null || x === undefined) return "–";
   const size = Math.abs(x);
-  const text = size >= 1000 ? count(size) : size >= 100 ? size.toFixed(0) : size >= 10 ? size.toFixed(1) : size.toFixed(size < 0.0995 && size > 0 ? 3 : 2);
+  const text = size >= 1000 ? count(size) : size >= 100 ? size.toFixed(0) : size >= 10 ? size.toFixed(1) : size.toFixed(size < 0.0995 && size > 0 ? decimals : 2);
   return (x < 0 && Number(text) !== 0 ? "−" : signed ? "+" : "") + text;
 }
 

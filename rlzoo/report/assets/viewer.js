@@ -86,7 +86,7 @@ class Viewer {
     this.canvas = el("div", { class: "icicle", role: "tree", "aria-label": "Tree of segments; arrow keys: parent, child, siblings" });
     this.canvas.addEventListener("click", (e) => { const box = e.target.closest("[data-node]"); if (box) this.select(Number(box.dataset.node), true); });
     this.canvas.addEventListener("keydown", (e) => this.key(e));
-    this.side = el("aside", { class: "panel", "aria-live": "polite", "aria-label": "Selected node" });
+    this.side = el("aside", { class: "panel", "aria-label": "Selected node" });
     this.scroll = el("div", { class: "icicle-scroll" }, this.ruler, this.canvas);
     host.append(
       el("div", { class: "tools" }, this.run.node, this.step.node, this.tree.node, small("‹", "previous tree", turn(-1)), small("›", "next tree", turn(1))),
@@ -178,7 +178,7 @@ class Viewer {
       box.style.setProperty("--box", `${high}px`);
       box.classList.toggle("flat", high < 15);
       box.classList.toggle("narrow", wide < 84);
-      box.classList.toggle("bare", high < 10 || wide < (high < 15 ? 34 : 42));
+      box.classList.toggle("bare", high < 10 || wide < (high < 15 ? 38 : 48));
     });
     this.ends.forEach((end) => {
       end.style.top = `${top[Number(end.dataset.node)] * height}px`;
@@ -203,7 +203,7 @@ class Viewer {
       const [value, share] = shown(n);
       box.style.backgroundColor = tint(share);
       box.classList.toggle("nothing", share === null);
-      box.querySelector(".figure").textContent = n && value === null ? "" : figure(value, this.colour === "credit");
+      box.querySelector(".figure").textContent = n && value === null ? "" : figure(value, this.colour === "credit", 2);
     });
     const ends = { value: [figure(low), figure((low + high) / 2), figure(high)], credit: [figure(-credit.most), "0", figure(credit.most, true)], "log-prob": ["−1 or less", "", "0"] }[this.colour];
     const what = { value: "value: mean over children", credit: `advantage, ${creditName(tree, credit)}`, "log-prob": "mean log-prob of the node's tokens" }[this.colour];
