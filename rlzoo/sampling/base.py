@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Protocol
 
@@ -39,6 +39,12 @@ class Growth(Protocol):
     def grown(self, node: int) -> list[Extend]:
         """`node` is back, its final stop reason recorded in the builder; what to sample next (perhaps nothing yet)."""
 
+    def settled(self, node: int) -> Sequence[int]:
+        """Nodes that will hardly be extended any more, asked after `start` (for the prompt) and after each `grown`: the engine
+        may drop their state. It is computed anew for one that is extended (or cut) all the same, so this decides speed only.
+        """
+        return (node,)
+
     def report(self) -> Mapping[str, float]:
         """Counts worth logging once the tree is finished; they go to its `meta` as "sampler"."""
         return {}
@@ -49,7 +55,6 @@ class Sampler(Protocol):
 
     name: ClassVar[str]
     provides: ClassVar[frozenset[str]]
-    revisits: ClassVar[bool]  # whether a node may be extended, or cut, later than in the `grown` call that reports it
 
     @property
     def max_response_tokens(self) -> int:

@@ -22,7 +22,6 @@ class Chains(SamplerOptions):
 
     name: ClassVar[str] = "chains"
     provides: ClassVar[frozenset[str]] = frozenset({"siblings", "chains"})
-    revisits: ClassVar[bool] = False
 
     group_size: int = 16
     """Responses per problem (G)."""

@@ -7,6 +7,7 @@ segment's place in its tree.
 
 from __future__ import annotations
 
+import gc
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -82,6 +83,7 @@ def _loop(
     room = backend.capacity + backend.capacity // 4  # a few more than run at once, so that refill never waits for this loop
     growing: set[_Growing] = set()
     owner: dict[int, _Growing] = {}  # request in flight -> its tree
+    gc.freeze()  # many small lists come to life here: spare the collector from going through everything else each time
     try:
         exhausted = False
         while True:
@@ -104,6 +106,7 @@ def _loop(
                     growing.remove(tree)
                     yield tree.index, tree.finish()
     finally:
+        gc.unfreeze()
         for tree in growing:
             tree.release_all()
 
@@ -163,8 +166,7 @@ class _Growing:
         requests = self._submit(self.growth.start())
         if not requests:
             raise ValueError(f"problem {self.prompt.id!r}: sampler {self.sampler.name} asks for no segment below the prompt")
-        if not self.sampler.revisits:
-            self._release(self._request[ROOT])
+        self._settle(ROOT)
         return requests
 
     def take(self, result: SegmentResult) -> list[int]:
@@ -174,8 +176,7 @@ class _Growing:
         self.builder.fill(node, tokens, result.logprobs.tolist(), Stop.OPEN)
         self.builder.set_stop(node, self._stop(node, tokens, result.stop == Stop.EOS, self._place[result.id]))
         requests = self._submit(self.growth.grown(node))
-        if not self.sampler.revisits:
-            self._release(result.id)
+        self._settle(node)
         return requests
 
     def finish(self) -> Tree:
@@ -187,9 +188,10 @@ class _Growing:
         self.backend.release(self._unreleased)
         self._unreleased.clear()
 
-    def _release(self, request: int) -> None:
-        self._unreleased.discard(request)
-        self.backend.release([request])
+    def _settle(self, node: int) -> None:
+        requests = [self._request[n] for n in self.growth.settled(node)]
+        self._unreleased.difference_update(requests)
+        self.backend.release(requests)
 
     def _stop(self, node: int, segment: list[int], ended: bool, place: _Place) -> Stop:
         rules, decode = self.sampler.stopping, self.backend.tokenizer.decode
@@ -226,6 +228,7 @@ class _Growing:
                 f"tokens, depth {depth - 1}), which is in flight, ended, or at the limit of length or depth"
             )
         requests = []
+        self._unreleased.add(origin)  # once more, if it was settled already
         for _ in range(extend.count):
             ordinal = self._forks.get((origin, position), 0)
             self._forks[origin, position] = ordinal + 1

@@ -24,7 +24,6 @@ class Nary(SamplerOptions):
 
     name: ClassVar[str] = "nary"
     provides: ClassVar[frozenset[str]] = frozenset({"siblings"})
-    revisits: ClassVar[bool] = False
 
     branching: int = 4
     """Children of each inner node (N)."""

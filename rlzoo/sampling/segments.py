@@ -31,7 +31,6 @@ class Segments(SamplerOptions):
 
     name: ClassVar[str] = "segments"
     provides: ClassVar[frozenset[str]] = frozenset({"siblings"})
-    revisits: ClassVar[bool] = True
 
     width: int = 16
     """Finished paths per problem (w)."""
@@ -134,6 +133,7 @@ class _Boundaries(Growth):
     temperature: float
     finished: list[int] = field(default_factory=list)  # leaves
     back: list[int] = field(default_factory=list)  # segments that have come back since the last boundary
+    met: list[int] = field(default_factory=list)  # at the last boundary
     awaited: int = 0
     depth: dict[int, int] = field(default_factory=lambda: {ROOT: 0})  # sampled segments on the path down to a node
     counts: Counter[str] = field(default_factory=Counter)
@@ -149,6 +149,12 @@ class _Boundaries(Growth):
         self.back.append(node)
         return self._boundary() if len(self.back) == self.awaited else []
 
+    def settled(self, node: int) -> Sequence[int]:
+        """After a boundary, what met there: fallback returns to few of them. The prompt, which it often returns to, is kept."""
+        if node == ROOT or self.back:
+            return ()
+        return self.met
+
     def report(self) -> dict[str, float]:
         """Counts of one tree: boundaries; fallback rounds, the paths they started, those among them from the bare prompt, tokens
         kept of and tokens in the paths they returned to, and tokens sampled from the first fallback on."""
@@ -163,7 +169,8 @@ class _Boundaries(Growth):
         return values[0] if len(values) == 1 else int(self.rng.integers(values[0], values[1] + 1))
 
     def _boundary(self) -> list[Extend]:
-        back, self.back = sorted(self.back), []
+        self.met, self.back = sorted(self.back), []
+        back = self.met
         active = [node for node in back if self.builder.stop(node) == Stop.OPEN]
         self.finished += [node for node in back if self.builder.stop(node) != Stop.OPEN]
         self.counts["boundaries"] += 1

@@ -240,11 +240,11 @@ class Cutting(SamplerOptions):
 
     name: ClassVar[str] = "cutting"
     provides: ClassVar[frozenset[str]] = frozenset()
-    revisits: ClassVar[bool] = True
     max_response_tokens: int = 8
     max_depth: int = 3
     leaves_per_tree: int = 5
     wrong: bool = False
+    forgets: bool = False  # settles what it extends later
 
     def plant(self, builder: TreeBuilder, rng: np.random.Generator, progress: float) -> Any:
         return CuttingGrowth(self, builder, rng)
@@ -267,8 +267,12 @@ class CuttingGrowth(Growth):
         again = self.builder.split(min(self.back), 2)  # cuts the lower part once more
         return [Extend(upper, 3, 99), Extend(again, 1, 99, Role.PROBE)]
 
+    def settled(self, node: int) -> tuple[int, ...]:
+        return (node,) if self.options.forgets else ()
 
-def test_a_sampler_may_cut_and_continue(tiny_tokenizer: Any) -> None:
+
+@pytest.mark.parametrize("forgets", [False, True])
+def test_a_sampler_may_cut_and_continue(forgets: bool, tiny_tokenizer: Any) -> None:
     for capacity in (2, 16):
         backend, seeds, submit, limits = ScriptedBackend(tiny_tokenizer, lambda c, s: [s % 100 + 70] * 99, capacity=capacity), [], None, []
         submit = backend.submit
@@ -281,7 +285,7 @@ def test_a_sampler_may_cut_and_continue(tiny_tokenizer: Any) -> None:
 
         backend.submit = spy
         prompts = prompts_of(tiny_tokenizer, 3)
-        trees = grow(Cutting(), backend, prompts, seed=0)
+        trees = grow(Cutting(forgets=forgets), backend, prompts, seed=0)
         assert len(set(seeds)) == len(seeds) == 3 * 6
         assert set(limits) == {len(p.ids) + 8 for p in prompts}  # clamped to what the response has left
         for tree in trees:
