@@ -220,7 +220,8 @@ def probability_of_improvement(a: Mapping[str, Float64], b: Mapping[str, Float64
     """Chance that a run of b beats a run of a, averaged over sets (Agarwal et al. 2021, arXiv:2108.13264, section 4.3); ties count half.
 
     `a`, `b` map each set to its scores per run [seeds]. Per set it is the Mann-Whitney statistic with Newcombe's interval (2006,
-    method 5); a bootstrap over runs, as in the paper, cannot be used on few runs (3 against 3 that never tie would be certain).
+    method 5) with a t quantile of runs - 2 degrees of freedom: with the normal one it covers 0.90 at 3 runs each, so 0.96 and more.
+    A bootstrap over runs, as in the paper, cannot be used on few runs (where 3 all beat 3 others it would be certain).
     The sets share their runs, so that their intervals are averaged as they are: sound, and wide.
     """
     each = [_mann_whitney(a[name], b[name], level) for name in a]
@@ -230,10 +231,12 @@ def probability_of_improvement(a: Mapping[str, Float64], b: Mapping[str, Float64
 
 def _mann_whitney(a: Float64, b: Float64, level: float) -> tuple[float, float, float]:
     from scipy.optimize import brentq
-    from scipy.special import ndtri
 
-    x, y, z = np.asarray(a)[:, None], np.asarray(b)[None, :], float(ndtri(0.5 + level / 2))
+    x, y = np.asarray(a)[:, None], np.asarray(b)[None, :]
     mean = float(((y > x) + 0.5 * (y == x)).mean())
+    if x.size + y.size < 3:
+        return mean, 0.0, 1.0
+    t_level = t_quantile(level, x.size + y.size - 2)
     extra = (x.size + y.size) / 2 - 1
 
     def variance(t: float) -> float:
@@ -242,7 +245,7 @@ def _mann_whitney(a: Float64, b: Float64, level: float) -> tuple[float, float, f
     def lower(found: float) -> float:
         if found == 0:
             return 0.0
-        return float(brentq(lambda t: (found - t) ** 2 - z * z * variance(t), 0.0, found - 1e-12))
+        return float(brentq(lambda t: (found - t) ** 2 - t_level * t_level * variance(t), 0.0, found - 1e-12))
 
     return mean, lower(mean), 1 - lower(1 - mean)
 

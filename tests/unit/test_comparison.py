@@ -111,7 +111,7 @@ def test_against_permuting_runs(rng):
         exact[i] = np.mean(gaps >= abs(x[:5].mean(axis=1).sum() - x[5:].mean(axis=1).sum()) - 1e-12)
         ours[i] = compare(arm("a", x[:5]), arm("b", x[5:])).overall.p_value()
     assert np.abs(ours - exact).mean() < 0.02
-    assert np.mean((ours <= 0.05) == (exact <= 0.05)) >= 0.95
+    assert np.mean(ours <= 0.05) == pytest.approx(np.mean(exact <= 0.05), abs=0.05)
     assert 20 < (exact < 0.05).sum() < 180  # both sides of the line were tried
 
 
@@ -163,9 +163,11 @@ def test_probability_of_improvement():
     assert t == pytest.approx(np.mean(pairs))
     for bound in (found.low, found.high):  # Newcombe: the true values at which the found one is just not too far off
         spread = bound * (1 - bound) * (1 + 2.5 * ((1 - bound) / (2 - bound) + bound / (1 + bound))) / 12
-        assert abs(t - bound) == pytest.approx(1.959964 * math.sqrt(spread), rel=1e-5)
+        assert abs(t - bound) == pytest.approx(scipy_stats.t.ppf(0.975, 5) * math.sqrt(spread), rel=1e-5)
     sure = probability_of_improvement({"t": np.arange(3)}, {"t": np.arange(3) + 9})
-    assert sure.mean == 1 and sure.high == 1 and 0.4 < sure.low < 0.6  # three runs that all win are no certainty
+    assert sure.mean == 1 and sure.high == 1 and 0.3 < sure.low < 0.5  # three runs that all win are no certainty
+    lone = probability_of_improvement({"t": np.zeros(1)}, {"t": np.ones(1)})
+    assert (lone.mean, lone.low, lone.high) == (1, 0, 1)
     back = probability_of_improvement(b, a)
     assert (1 - back.high, 1 - back.low) == pytest.approx((found.low, found.high))
     both = probability_of_improvement({**a, "u": np.zeros(3)}, {**b, "u": np.ones(4)})
@@ -331,4 +333,4 @@ def test_probability_of_improvement_covers(seeds, true):
     found = [probability_of_improvement({"t": rng.normal(size=seeds)}, {"t": rng.normal(shift, size=seeds)}) for _ in range(4000)]
     covered = np.mean([e.low <= true <= e.high for e in found])
     print(f"probability of improvement {true}, {seeds} seeds: {covered:.4f}")
-    assert covered >= 0.93
+    assert covered >= 0.95
