@@ -80,7 +80,7 @@ def print_recorded(files: Sequence[Path], *, as_json: bool = False, out: Path | 
     with Grader(config) as grader:
         results = [result for path in files for result in grade_outputs(path, grader.grade)]
     made = {"grader": grader_name(config), "environment": environment()}
-    grid = recorded_grid(results, made["grader"])
+    grid = recorded_grid(results, grader_name(config))
     if out is not None:
         write_aside(out / "recorded.jsonl", "".join(to_json(r.as_dict() | made) + "\n" for r in results))
         write_aside(out / "recorded.md", grid.markdown())

@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -10,7 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import rlzoo
 from rlzoo.cli import main
+from rlzoo.config import BackendOptions
 from rlzoo.data.problems import normalise
 from rlzoo.evaluation.rows import read_row, validate
 from rlzoo.evaluation.suites import Suite
@@ -98,6 +101,12 @@ def test_the_row_is_what_the_samples_say(tmp_path, small, capsys):
     assert "finished already: nothing is left to do" in capsys.readouterr().out
 
 
+def test_from_python(tmp_path, small):
+    options = {"k": 1, "max_response_tokens": 16, "backend": BackendOptions(threads=1)}
+    made = rlzoo.evaluate(rlzoo.EvalConfig("tiny", **options), out=tmp_path / "eval")
+    assert made.row == json.loads((tmp_path / "eval" / "summary.json").read_text()) and made.folder == tmp_path / "eval"
+
+
 def test_a_tree_of_segments_shares_tokens(tmp_path, small):
     out = tmp_path / "eval"
     tree = ["--sampler", "segments", "--segments.depth", "6", "--segments.initial", "2", "--k", "8"]
@@ -176,6 +185,23 @@ def test_a_broken_row_is_named_and_nothing_is_lost(begun, tmp_path, capsys, smal
     assert main(["eval", "--resume", "--out", str(folder)]) == 1
     assert "line 1 of samples.jsonl is not JSON" in capsys.readouterr().err
     assert (folder / "samples.jsonl").read_text() == broken
+
+
+def test_a_full_disk_stops_it_and_it_goes_on(tmp_path, small, capsys):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert main([*JOB, "--out", str(whole)]) == 0
+    size = (whole / "samples.jsonl").stat().st_size
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, before[1]))
+    try:
+        assert main([*JOB, "--out", str(cut)]) == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert "File too large" in said and said.endswith(f"once that is mended, go on with rlzoo eval --resume --out {cut}")
+    assert read_rows(cut / "samples.jsonl")
+    assert main(["eval", "--resume", "--out", str(cut)]) == 0
+    assert timeless(cut) == timeless(whole) and (cut / "samples.jsonl").read_bytes() == (whole / "samples.jsonl").read_bytes()
 
 
 BAD = [
