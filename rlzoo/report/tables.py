@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..evaluation.runner import SetResult
-from ..evaluation.stats import Estimate, paired_difference, stratified_mean
+from ..evaluation.stats import Estimate, paired_difference, stratified_difference, stratified_mean
 from ..tree import Float64
 from .text import count, percent, points
 
@@ -198,7 +198,7 @@ def _gain(name: str, base: SetResult, trained: SetResult) -> Gain:
 def _overall_gain(base: Results, trained: Results) -> Gain:
     def difference(first: Sequence[SetResult | None], second: Sequence[SetResult | None]) -> Estimate | None:
         pairs = [(a, b) for a, b in zip(first, second, strict=True) if a is not None and b is not None]
-        return stratified_mean([b.means - a.means for a, b in pairs], bounds=None) if len(pairs) == len(first) else None
+        return stratified_difference([b.means - a.means for a, b in pairs]) if len(pairs) == len(first) else None
 
     befores, afters = list(base.values()), list(trained.values())
     greedy = [r.greedy for r in befores]
