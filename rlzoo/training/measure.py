@@ -11,11 +11,12 @@ from ..data.problems import Problem
 from ..evaluation.rows import Protocol, describe_sets, engine_name
 from ..evaluation.runner import SetResult, evaluate
 from ..evaluation.suites import find_suite, load_suite
+from ..evaluation.votes import with_votes
 from ..report.progress import Progress, counting
 from ..rewards.math import GraderConfig, grader_name
 from ..rewards.reward import Reward
 from ..store.cost import Ledger
-from ..store.runs import RunFolder
+from ..store.runs import RunFolder, read_rows
 from . import sync
 from .models import load_model
 
@@ -48,10 +49,15 @@ class Measurer:
                 max_response_tokens=options.max_response_tokens,
                 sampler={"name": "chains", "top_p": 1.0},
                 engine=engine_name(self._backend, config.backend.dtype),
-                vote=None,
+                vote=self._vote,
                 seed=SEED,
             ),
         }
+
+    @property
+    def _vote(self) -> str | None:
+        """How votes are counted; not at all with a plug-in reward, which need not know which answers are the same."""
+        return "equivalent" if self._config.reward == "math" else None
 
     def dev(self, problems: Sequence[Problem], *, step: int) -> dict[str, float]:
         """Pass@1 and mean response length on dev problems, with the interval's half width."""
@@ -93,4 +99,5 @@ class Measurer:
             if name is None:
                 return evaluate(self._backend, self._backend.tokenizer, suite, **settings)
             with self._folder.eval_sink(name) as sink, counting(f"{name}: responses") as progress:
-                return evaluate(self._backend, self._backend.tokenizer, suite, sink=sink, progress=progress, **settings)
+                results = evaluate(self._backend, self._backend.tokenizer, suite, sink=sink, progress=progress, **settings)
+            return with_votes(results, read_rows(self._folder.eval_path(name)), self._vote, self._reward) if self._vote else results

@@ -250,6 +250,8 @@ def test_a_run_leaves_a_row_too_and_both_make_a_leaderboard(tmp_path, small, cap
     for name in ("run", "eval"):
         validate(json.loads((tmp_path / name / "summary.json").read_text()))
         shutil.copy(tmp_path / name / "summary.json", results / f"{name}.json")
+    row, _ = read_row(results / "run.json")
+    assert all(row.overall[model].maj_at_k is not None for model in ("base", "trained")) and row.protocol.vote == "equivalent"
     assert main(["leaderboard", "--results", str(results)]) == 0
     text, page = (results / "leaderboard.md").read_text(), (results / "leaderboard.html").read_text()
     assert capsys.readouterr().out.count("eval.json") == 1 and text.count("| grpo |") == 1 and text.count("| tiny |") == 2  # base, and eval
