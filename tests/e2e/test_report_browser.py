@@ -7,11 +7,13 @@ from rlzoo import registry
 from rlzoo.config import build
 from rlzoo.credit.base import path_rows
 from rlzoo.report.html import write_report
+from rlzoo.report.tables import Cost
 from rlzoo.store.runs import RunFolder
 from rlzoo.store.trees import TreeRecord, write_trees
 from rlzoo.training.models import load_tokenizer
 from rlzoo.tree import Segment, Stop, Tree
 from tests.browser import Browser, chromium
+from tests.summaries import finished, suite_table
 
 pytestmark = pytest.mark.skipif(chromium() is None, reason="no Chromium is installed (e.g. apt-get install chromium)")
 
@@ -68,6 +70,8 @@ def report(tmp_path_factory):
             folder.log({"step": step, "dev/pass_at_1": 0.2 * step, "dev/half_width": 0.1, "dev/length": 30.0, **row})
         if number == 0:
             write_trees(folder.trees_path(0), [large_tree()])
+        gain = (0.2, 0.1, 0.3)[number % 3]  # the second is dearer and worse than the first
+        folder.write_summary(finished(2, suite_table(0.4, 0.4 + gain, Cost(1000 * (number + 1), 0.1 * (number + 1)))))
         runs.append(folder.path)
     write_report(runs, here / "report.html")
     return here / "report.html"
@@ -109,6 +113,8 @@ def press_button(page, text):
 
 def test_everything_is_drawn(page):
     assert page.value("document.querySelectorAll('#curve-plots path.line').length") == 2 * len(registry.names("algorithm"))
+    assert page.value("document.querySelectorAll('.whisker').length") == len(registry.names("algorithm"))
+    assert page.value("document.querySelector('.frontier').getAttribute('d').match(/[ML]/g).join('')") == "MLL"  # base and two of three
     for axis in ("sampled tokens", "device-hours"):
         press_button(page, axis)
         assert page.value("document.querySelector('#curve-plots .axis-name').textContent") == axis

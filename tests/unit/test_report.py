@@ -14,11 +14,12 @@ from rlzoo.credit.base import Credit, path_rows
 from rlzoo.report.counterfactual import Judges
 from rlzoo.report.html import SCRIPTS, choose, write_report
 from rlzoo.report.plots import MOST_POINTS, RunData, arms, curves, ledger, lengths, points, seed_band
+from rlzoo.report.tables import Cost
 from rlzoo.report.treedata import Pieces, credit_pieces, tree_data
-from rlzoo.store.cost import PHASES
 from rlzoo.store.runs import RunFolder
 from rlzoo.store.trees import StoredTree, TreeRecord, read_trees, write_trees
 from rlzoo.tree import Role, Segment, Stop, Tree
+from tests.summaries import finished, suite_table
 
 ALGORITHMS = registry.names("algorithm")
 PLAIN = TreeRecord()
@@ -38,7 +39,7 @@ def small_tree(rewards=(1.0, 0.0, 1.0), *, tokens=(65, 66)):
     return Tree.from_segments([80, 81], segments, dict(zip([2, 3, 4], rewards, strict=True)))
 
 
-def make_run(path, *, algo=ALGORITHMS[0], seed=0, trees=None, steps=(1, 2, 3), record=PLAIN, finished=True, **config):
+def make_run(path, *, algo=ALGORITHMS[0], seed=0, trees=None, steps=(1, 2, 3), record=PLAIN, done=True, table=None, **config):
     folder = RunFolder.create(path, build([("test", {"algo": algo, "seed": seed, **config})]).to_dict())
     for step in steps:
         stored = trees if trees is not None else [small_tree(), small_tree((1.0, 1.0, 1.0))]
@@ -47,10 +48,9 @@ def make_run(path, *, algo=ALGORITHMS[0], seed=0, trees=None, steps=(1, 2, 3), r
     folder.log({"step": 0, "dev/pass_at_1": 0.4, "dev/half_width": 0.1, "dev/length": 50.0})
     for step in steps:
         row = {"step": step, "pass_at_1": 0.1 * step, "length": 10.0, "total_sampled_tokens": 100 * step, "device_hours": 0.5 * step}
-        folder.log(row | {"dev/pass_at_1": 0.4 + 0.1 * step, "dev/half_width": 0.1, "dev/length": 50.0 + step, "seconds/sampling": 1800.0})
-    if finished:
-        spent = dict.fromkeys(PHASES, 0.0) | {"sampling": 3600.0, "update": 1800.0}
-        folder.write_summary({"steps": len(steps), "ledger": {"device_seconds": spent, "device": "cpu core", "devices": 2}})
+        folder.log(row | {"dev/pass_at_1": 0.4 + 0.1 * step, "dev/half_width": 0.1, "dev/length": 50.0 + step, "seconds/sampling": 900.0})
+    if done:
+        folder.write_summary(finished(len(steps), table))
     return path
 
 
@@ -109,7 +109,7 @@ def test_what_a_model_wrote_is_data(tmp_path):
     run = make_run(tmp_path / "a<b>", record=record, steps=(1,))
     write_report([run], tmp_path / "r.html")
     data, page = page_data(tmp_path / "r.html")
-    assert (page.scripts, page.images) == (2, 0)
+    assert (page.scripts, page.images) == (2, 0) and not set("<>&\u2028") & set(page.text)
     tree = data["viewer"]["trees"][0]
     assert tree["problem"] == tree["gold"] == tree["kind"][0] == HOSTILE
     assert "document.title='broken'" not in re.sub(r'<script type="application/json".*?</script>', "", (tmp_path / "r.html").read_text())
@@ -130,6 +130,24 @@ def test_trees_that_have_no_room_are_counted(tmp_path, monkeypatch):
     data, _ = page_data(tmp_path / "some.html")
     assert [t["run"] for t in data["viewer"]["trees"]] == ["a", "b"], "each run's best tree comes before any run's second"
     assert data["viewer"]["leftOut"] == 2
+
+
+def test_results_are_ranked_with_intervals_and_costs(tmp_path):
+    worse = make_run(tmp_path / "worse", table=suite_table(0.25, 0.5, Cost(1_230_000, 0.125)))
+    better = make_run(tmp_path / "better", seed=1, table=suite_table(0.25, 0.75, Cost(2_340_000, 0.5)))
+    other = make_run(tmp_path / "other", seed=2)
+    write_report([worse, better, other], tmp_path / "r.html", trees=1)
+    text = (tmp_path / "r.html").read_text()
+    ranking = text[text.index("Base and trained model on the suite") : text.index("<details>")]
+    rows = [re.findall(r"<td class=.>(.*?)</td>", row) for row in re.findall(r"<tr>.*?</tr>", ranking) if "<td" in row]
+    first = ["better", ALGORITHMS[0], "1", "1", "25.0 [20.0, 30.0]", "75.0 [70.0, 80.0]", "+50.0 [+45.0, +55.0]", "1.50", "2.34M", "0.500"]
+    assert rows[0] == first and [row[0] for row in rows] == ["better", "worse"]
+    assert text.count("<details>") == 2 and "a &lt;note&gt;" in text
+    outcomes = page_data(tmp_path / "r.html")[0]["outcomes"]
+    assert [(o["run"], o["mean"], o["low"], o["cost"]["device-hours"]) for o in outcomes] == [
+        ("worse", 0.5, 0.45, 0.125),
+        ("better", 0.75, 0.7, 0.5),
+    ]
 
 
 def test_a_run_that_has_just_begun(tmp_path):
@@ -384,5 +402,5 @@ def test_lengths(tmp_path):
 def test_ledger(tmp_path):
     done = ledger(run_data(tmp_path / "a"))
     assert done["hours"]["sampling"] == 1 and done["hours"]["update"] == 0.5 and sum(done["hours"].values()) == 1.5 and done["finished"]
-    running = ledger(run_data(tmp_path / "b", finished=False))
-    assert running["hours"]["sampling"] == 1.5 and not running["finished"]
+    running = ledger(run_data(tmp_path / "b", done=False))
+    assert running["hours"]["sampling"] == 1.5 and running["devices"] == 2 and not running["finished"]

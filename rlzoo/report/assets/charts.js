@@ -100,10 +100,14 @@ function follow(f, traces, axis, shown) {
 
 const dot = (i) => el("span", { class: "dot", style: { background: armColor(i) } });
 
-/** Accuracy of each finished run against what it cost, with its interval; the base stands at cost 0. */
+/** Accuracy of each finished run against what it cost, with its interval; the base stands at cost 0. The dashed line goes through
+ * the runs that no cheaper run reaches or beats. */
 function drawOutcomes(f, outcomes, axis, armOf) {
   const y = range(outcomes.flatMap((o) => [o.base, o.low ?? o.mean, o.high ?? o.mean]));
   axes(f, [0, 1.1 * Math.max(...outcomes.map((o) => o.cost[axis])) || 1], y, axis, count, (v) => `${Number((100 * v).toFixed(1))}`);
+  const frontier = [];
+  for (const o of [...outcomes].sort((a, b) => a.cost[axis] - b.cost[axis] || b.mean - a.mean)) if (!frontier.length || o.mean > frontier.at(-1).mean) frontier.push(o);
+  f.canvas.append(svg("path", { class: "frontier", d: path([0, ...frontier.map((o) => o.cost[axis])], [frontier[0].base, ...frontier.map((o) => o.mean)], f) }));
   for (const o of outcomes) {
     const x = f.x(o.cost[axis]), color = armColor(armOf[o.run]);
     const told = `${o.run}: ${(100 * o.mean).toFixed(1)} % for ${count(o.cost[axis])} ${axis}; base ${(100 * o.base).toFixed(1)} %`;
@@ -131,6 +135,7 @@ function startCurves() {
     if (seeds.some((a) => a.seeds > 1)) told.push("thick: mean of the seeds, thin: each seed, band: the range of the seeds");
     if (seeds.some((a) => a.seeds === 1 && a.band)) told.push("band of a single run: 95 % interval over the dev problems");
     if (state.data === "training") told.push("training: the problems of each step, which differ from step to step");
+    if (DATA.outcomes.length) told.push("dashed: the most accuracy for its cost; circle: the base");
     byId("curve-note").textContent = told.length ? `${told.join("; ")}.` : "";
   };
   byId("curve-tools").append(
