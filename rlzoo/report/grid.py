@@ -11,6 +11,19 @@ from rich.table import Table
 from rich.text import Text
 
 
+def columns(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Cells in columns of whatever width they need, a rule below the head."""
+    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
+    lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in [head, *rows]]
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+def pipes(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Cells as a Markdown table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in lines)
+
+
 @dataclass(frozen=True, slots=True)
 class Grid:
     """Cells under a head, the first `names` columns being words; `notes` are lines below, rows named in `strong` stand out."""
@@ -33,15 +46,12 @@ class Grid:
 
     def text(self) -> str:
         """In columns of whatever width they need, for logs and pipes."""
-        widths = [max(len(row[i]) for row in [self.head, *self.rows]) for i in range(len(self.head))]
-        lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in [self.head, *self.rows]]
-        return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:], *self.notes]) + "\n"
+        return "\n".join([columns(self.head, self.rows), *self.notes]) + "\n"
 
     def markdown(self) -> str:
         """For `results/`, under a heading of the second level."""
-        lines = [self.head, ["---"] * len(self.head), *self.rows]
-        cells = [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in lines]
-        return "\n".join([f"## {self.title}\n", *cells, *([""] if self.notes else []), *[f"- {line}" for line in self.notes]]) + "\n"
+        notes = ["", *(f"- {line}" for line in self.notes)] if self.notes else []
+        return "\n".join([f"## {self.title}\n", pipes(self.head, self.rows), *notes]) + "\n"
 
     def print(self, console: Console | None = None) -> None:
         """With rich on a terminal, as text elsewhere."""

@@ -15,7 +15,7 @@ from rich.text import Text
 
 from ..evaluation.runner import SetResult
 from ..evaluation.stats import Estimate, paired_difference, stratified_difference, stratified_mean
-from ..tree import Float64
+from .grid import columns, pipes
 from .text import count, percent, points
 
 OVERALL = "overall"
@@ -161,7 +161,7 @@ def _overall(model: str, results: Results, cost: Cost) -> Line:
     each = [_line(name, model, result) for name, result in results.items()]
     greedy = [r.greedy for r in results.values() if r.greedy is not None]
     k = min(r.k for r in results.values())
-    with_k = [_pass_values(r, k) for r in results.values()] if k > 1 else []
+    with_k = [r.pass_values(k) for r in results.values()] if k > 1 else []
     return Line(
         set=OVERALL,
         model=model,
@@ -175,13 +175,6 @@ def _overall(model: str, results: Results, cost: Cost) -> Line:
         evaluated_tokens=sum(line.evaluated_tokens for line in each),
         cost=cost,
     )
-
-
-def _pass_values(result: SetResult, k: int) -> Float64:
-    from ..evaluation.metrics import pass_at_k
-
-    enough = result.graded >= k
-    return np.asarray(pass_at_k(result.graded[enough], result.right[enough], k), np.float64)
 
 
 def _gain(name: str, base: SetResult, trained: SetResult) -> Gain:
@@ -269,21 +262,13 @@ def _ends(row: Sequence[str]) -> bool:
 
 def plain_table(table: FinalTable) -> str:
     """The table as text in columns, of whatever width it needs: for logs and pipes."""
-    blocks = []
-    for _, head, rows in both(table):
-        widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
-        lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in [head, *rows]]
-        blocks.append("\n".join([lines[0], "-" * len(lines[0]), *lines[1:]]))
-    return "\n\n".join([*blocks, "\n".join(caption(table))]) + "\n"
+    return "\n\n".join([*(columns(head, rows) for _, head, rows in both(table)), "\n".join(caption(table))]) + "\n"
 
 
 def markdown_table(table: FinalTable, title: str = "") -> str:
     """The table as Markdown, for `results/`."""
-    parts = [f"# {title}\n"] if title else []
-    for _, head, rows in both(table):
-        lines = [head, ["---"] * len(head), *rows]
-        parts.append("\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in lines) + "\n")
-    return "\n".join([*parts, "\n".join(f"- {line}" for line in caption(table))]) + "\n"
+    parts = [pipes(head, rows) + "\n" for _, head, rows in both(table)]
+    return "\n".join([*([f"# {title}\n"] if title else []), *parts, "\n".join(f"- {line}" for line in caption(table))]) + "\n"
 
 
 def print_table(table: FinalTable, console: Console | None = None) -> None:
