@@ -198,8 +198,8 @@ def _report(argv: Sequence[str]) -> int:
 
         def write() -> None:
             made = write_report(runs, out, trees=trees, force=force)
-            left = f", {made.left_out} trees had no room" if made.left_out else ""
-            print(f"{made.path}: {len(runs)} {'run' if len(runs) == 1 else 'runs'}, {made.trees} trees, {made.size_bytes / 1e6:.2f} MB{left}")
+            left = f" (no room for {made.left_out} more)" if made.left_out else ""
+            print(f"{made.path}: {made.size_bytes / 1e6:.2f} MB, runs: {len(runs)}, trees: {made.trees}{left}")
 
         return write
 

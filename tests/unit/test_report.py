@@ -85,7 +85,7 @@ def test_one_file_with_everything(tmp_path, capsys):
     first, second = make_run(tmp_path / "a"), make_run(tmp_path / "b", seed=1)
     out = tmp_path / "report.html"
     assert main(["report", str(first), str(second), "--out", str(out), "--trees", "4"]) == 0
-    assert re.fullmatch(rf"{re.escape(str(out))}: 2 runs, 8 trees, 0\.\d\d MB\n", capsys.readouterr().out)
+    assert re.fullmatch(rf"{re.escape(str(out))}: 0\.\d\d MB, runs: 2, trees: 8\n", capsys.readouterr().out)
     text = out.read_text()
     assert not re.search(r"""(?:src|href)=["']?(?!#|data:)[a-z/]""", text), "nothing may be fetched"
     assert SVG in text and "http" not in text.replace(SVG, "").replace("http-equiv", "")
