@@ -45,8 +45,9 @@ def leaf_advantages(batch, *, weighting, repeat=True, reject=False, root=True):
     return advantages
 
 
-def segment_advantages(batch, *, eta=0.0):
-    """Per leaf the advantages of its segments, before whitening (`tree_segment_reinforce_plus_plus_baseline`)."""
+def segment_advantages(batch, *, eta=0.0, siblings=False):
+    """Per leaf the advantages of its segments, before whitening (`tree_segment_reinforce_plus_plus_baseline`), or by the
+    estimator `spo`: raw rewards, values standardised among siblings."""
     sizes = defaultdict(list)
     for leaf_id, reward in batch:
         for depth in range(leaf_id.count("#") + 1):
@@ -54,13 +55,24 @@ def segment_advantages(batch, *, eta=0.0):
     values = {}
     for leaf_id, reward in batch:
         above = [sizes[prefix(leaf_id, depth)] for depth in range(leaf_id.count("#") + 1)]
-        values[leaf_id] = sum(len(g) * (reward - sum(g) / len(g)) for g in above) / sum(len(g) for g in above)
+        against = sum(len(g) * (reward - sum(g) / len(g)) for g in above) / sum(len(g) for g in above)
+        values[leaf_id] = reward if siblings else against
     for depth in range(max(leaf_id.count("#") for leaf_id, _ in batch), 1, -1):
         children = defaultdict(list)
         for node, value in list(values.items()):
             if node.count("#") == depth:
                 children[prefix(node, depth - 1)].append(value)
         values.update({node: sum(v) / len(v) for node, v in children.items()})
+    if siblings:
+        families = defaultdict(list)
+        for node in values:
+            families[node.rpartition("#")[0]].append(node)
+        raw = dict(values)
+        for family in families.values():
+            own = [raw[node] for node in family]
+            spread = statistics.pstdev(own)
+            for node in family if len(family) > 1 else ():
+                values[node] = 0.0 if spread < 1e-8 else (raw[node] - statistics.fmean(own)) / spread
     for leaf_id, _ in batch:
         values[prefix(leaf_id, 0)] = 0.0
     advantages = []

@@ -18,7 +18,7 @@ Bool = NDArray[np.bool_]
 CHOICES = {
     "weighting": ("average", "group_size"),
     "levels": ("all", "root"),
-    "level": ("leaf", "segment"),
+    "level": ("leaf", "segment", "siblings"),
     "whitening": ("batch", "none"),
 }
 
@@ -51,8 +51,9 @@ class Ancestors:
     """Count the group of all leaves; without it a set of leaves equal to it is left out too, unless groups repeat."""
     levels: Literal["all", "root"] = "all"
     """Groups of all ancestors, or the root's alone."""
-    level: Literal["leaf", "segment"] = "leaf"
-    """One advantage per response, or one per segment."""
+    level: Literal["leaf", "segment", "siblings"] = "leaf"
+    """One advantage per response; one per segment; or one per segment from raw rewards (no groups), values standardised among
+    siblings first (the released code's `spo`, there without whitening)."""
     eta: float = 0.0
     """Level segment: A(n) = V(n) - eta^(L - depth of n) V(parent), L the nodes of the row's path with the root; 0 switches it off."""
     whitening: Literal["batch", "none"] = "batch"
@@ -66,7 +67,7 @@ class Ancestors:
             raise ValueError("credit.levels = 'root' leaves no group with credit.include_root = false")
         if not 0 <= self.eta <= 1:
             raise ValueError(f"credit.eta = {self.eta}; allowed: 0 to 1")
-        if self.eta and self.level == "leaf":
+        if self.eta and self.level != "segment":
             raise ValueError(f"credit.eta = {self.eta} needs credit.level = 'segment'")
 
     @property
@@ -81,7 +82,7 @@ class Ancestors:
         graded = np.flatnonzero(~np.isnan(tree.reward))
         if len(graded) == 0:
             return Credit.empty(tree)
-        relative = self._relative(tree, graded)
+        relative = tree.reward[graded] if self.level == "siblings" else self._relative(tree, graded)
         credit = path_rows(tree, graded.tolist(), relative.tolist())
         return credit if self.level == "leaf" else self._by_segment(tree, graded, relative, credit)
 
@@ -114,12 +115,25 @@ class Ancestors:
         leaf_value = np.full(len(tree.leaves), np.nan)
         leaf_value[graded] = relative
         value = mean_of_children(tree, leaf_value)
+        if self.level == "siblings":
+            value = _standardised(tree, value)
         value[ROOT] = 0.0
         before = value[tree.parent[credit.node]]
         if self.eta:
             nodes = np.bincount(credit.row) + 1  # the root too
             before = before * self.eta ** (nodes[credit.row] - tree.depth[credit.node])
         return replace(credit, advantage=value[credit.node] - before)
+
+
+def _standardised(tree: Tree, value: Float64) -> Float64:
+    """Values minus their siblings' mean, over the siblings' population std (equal ones: 0); a lone child keeps its own."""
+    out = value.copy()
+    for node in range(tree.nodes):
+        group = [c for c in tree.children(node) if not np.isnan(value[c])]
+        if len(group) > 1:
+            std = value[group].std()
+            out[group] = 0.0 if np.isclose(std, 0) else (value[group] - value[group].mean()) / std
+    return out
 
 
 def _down(values: Float64, parents: Int32) -> Float64:

@@ -24,6 +24,7 @@ SHORT = ["--sampler.depth", "4", "--sampler.segment-tokens", "24", "--sampler.wi
         ["--algo", "treepo", "--credit", "group", *SHORT],
         ["--algo", "treepo", "--credit.levels", "root", *SHORT],  # the paper's GRPO with TreePO sampling
         ["--algo", "treepo", "--credit.level", "segment", *SHORT],
+        ["--algo", "treepo", "--credit.level", "siblings", "--credit.whitening", "none", *SHORT],
         ["--algo", "treepo", "--credit.weighting", "group_size", "--credit.reject-zero-std", *SHORT],
         ["--algo", "treepo", "--credit.no-include-root", "--credit.repeat-groups", *SHORT],
     ],

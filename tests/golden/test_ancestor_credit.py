@@ -240,7 +240,25 @@ def test_segment_level_equals_the_released_arithmetic(eta):
                 assert_allclose(view[i, tree.path(int(leaf))], next(wanted), atol=1e-12)
 
 
-@pytest.mark.parametrize("level", ["leaf", "segment"])
+def test_standardised_siblings_equal_the_released_arithmetic():
+    rng = np.random.default_rng(14)
+    for _ in range(20):
+        batch, leaves = random_batch(rng)
+        wanted = iter(segment_advantages(leaves, siblings=True))
+        for tree, credit in zip(batch, Ancestors(level="siblings", whitening="none")(batch), strict=True):
+            view = credit.dense()
+            for i, leaf in enumerate(tree.leaves):
+                assert_allclose(view[i, tree.path(int(leaf))], next(wanted), atol=1e-12)
+
+
+def test_standardised_siblings_fixture():
+    """Values 1/2 and 0 become 1 and -1; leaves 1 and 0 become 1 and -1 below the first, equal ones 0 below the second."""
+    view = Ancestors(level="siblings", whitening="none")([fixture()])[0].dense()
+    assert_allclose(view[[0, 2], [1, 2]], [1, -1], atol=1e-12)
+    assert_allclose(view[[0, 1, 2, 3], [3, 4, 5, 6]], [0, -2, 1, 1], atol=1e-12)
+
+
+@pytest.mark.parametrize("level", ["leaf", "segment", "siblings"])
 def test_whitening_equals_a_plain_list_of_tokens(level):
     rng = np.random.default_rng(13)
     batch, _ = random_batch(rng)
@@ -295,7 +313,7 @@ def test_whitening_serves_other_rows_and_refuses_token_masks():
     [
         ({"weighting": "size"}, "credit.weighting = 'size'; allowed: average, group_size"),
         ({"levels": "none"}, "credit.levels = 'none'; allowed: all, root"),
-        ({"level": "token"}, "credit.level = 'token'; allowed: leaf, segment"),
+        ({"level": "token"}, "credit.level = 'token'; allowed: leaf, segment, siblings"),
         ({"whitening": "tree"}, "credit.whitening = 'tree'; allowed: batch, none"),
         ({"levels": "root", "include_root": False}, "credit.levels = 'root' leaves no group with credit.include_root = false"),
         ({"eta": 0.5}, "credit.eta = 0.5 needs credit.level = 'segment'"),
