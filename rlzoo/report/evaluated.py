@@ -13,7 +13,7 @@ from ..rewards.math import Grader, GraderConfig, grader_name
 from ..store.environment import environment
 from ..store.runs import to_json, write_aside
 from .grid import Grid
-from .tables import OVERALL
+from .tables import OVERALL, weighting
 from .text import count, percent, points
 
 
@@ -39,12 +39,11 @@ def evaluation_grid(row: Mapping[str, Any], model: str = "model") -> Grid:
         lines.append(_line(OVERALL, whole, min(ks) if len(ks) == 1 else 0))
     head = ["set", "problems", "k", "Pass@1, % [95 %]", "greedy, %", f"pass@{k}, %", f"maj@{k}, %"]
     head += ["length: mean", "median", "95th", "cut off, %", "unparsable, %", "timed out, %", "sampled tokens"]
-    weights = set(whole["weights"].values())
-    mean = "plain mean" if len(weights) == 1 else "mean weighted " + ", ".join(f"{n} {w:.3f}" for n, w in whole["weights"].items())
     spent = ", ".join(f"{name} {s / 3600:.4f}" for name, s in ledger["device_seconds"].items() if s > 0)
     notes = [
         f"temperature {protocol['temperature']:g}, template {protocol['template']}, at most {protocol['max_response_tokens']} "
-        f"tokens, sampler {protocol['sampler']['name']}, {protocol['engine']}, seed {protocol['seed']}; overall is the {mean} over sets",
+        f"tokens, sampler {protocol['sampler']['name']}, {protocol['engine']}, seed {protocol['seed']}; overall is the "
+        f"{weighting(whole['weights'])} over sets",
         f"{ledger['device_hours']:.4f} {ledger['device']}-hours ({ledger['devices']} x {ledger['wall_s']:.0f} s): {spent}",
     ]
     if protocol["vote"] == "string":

@@ -19,6 +19,7 @@ from .grid import columns, pipes
 from .text import count, percent, points
 
 OVERALL = "overall"
+PLAIN_MEAN = "plain mean"
 Results = Mapping[str, SetResult]
 
 
@@ -75,12 +76,13 @@ class Gain:
 
 @dataclass(frozen=True, slots=True)
 class FinalTable:
-    """Lines per set and overall, base before trained, and the gains."""
+    """Lines per set and overall (the mean over sets that `weighting` names), base before trained, and the gains."""
 
     lines: Sequence[Line]
     gains: Sequence[Gain]
     device: str
     notes: Sequence[str] = ()
+    weighting: str = PLAIN_MEAN
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data for a result row."""
@@ -89,6 +91,7 @@ class FinalTable:
             "gains": [gain.as_dict() for gain in self.gains],
             "device": self.device,
             "notes": list(self.notes),
+            "weighting": self.weighting,
         }
 
     @classmethod
@@ -99,7 +102,7 @@ class FinalTable:
             cost = Cost(row["sampled_tokens"], row["device_hours"]) if "device_hours" in row else None
             lines.append(Line(**{n: _read(n, row[n]) for n in Line.__slots__ if n != "cost"}, cost=cost))
         gains = [Gain(**{n: _read(n, row[n]) for n in Gain.__slots__}) for row in plain["gains"]]
-        return cls(lines, gains, plain["device"], plain["notes"])
+        return cls(lines, gains, plain["device"], plain["notes"], plain.get("weighting", PLAIN_MEAN))
 
 
 def _read(name: str, value: Any) -> Any:
@@ -109,8 +112,23 @@ def _read(name: str, value: Any) -> Any:
     return math.nan if value is None and name in ("length", "truncated", "length_ratio") else value
 
 
-def final_table(base: Results, trained: Results, cost: Cost, *, device: str = "device", notes: Sequence[str] = ()) -> FinalTable:
-    """Compare two models on the same sets.
+def weighting(weights: Mapping[str, float]) -> str:
+    """Which mean over sets it is that has these weights."""
+    if len(set(weights.values())) <= 1:
+        return PLAIN_MEAN
+    return "mean weighted " + ", ".join(f"{name} {w / sum(weights.values()):.3f}" for name, w in weights.items())
+
+
+def final_table(
+    base: Results,
+    trained: Results,
+    cost: Cost,
+    *,
+    weights: Mapping[str, float] | None = None,
+    device: str = "device",
+    notes: Sequence[str] = (),
+) -> FinalTable:
+    """Compare two models on the same sets; `weights` of the sets in the overall figures (none: equal).
 
     Raises:
         ValueError: the two were not measured on the same sets, problems and k.
@@ -125,13 +143,14 @@ def final_table(base: Results, trained: Results, cost: Cost, *, device: str = "d
         lines += [_line(name, "base", base[name]), _line(name, "trained", trained[name])]
         gains.append(_gain(name, base[name], trained[name]))
     if len(base) > 1:
-        lines += [_overall("base", base, Cost()), _overall("trained", trained, cost)]
-        gains.append(_overall_gain(base, trained))
+        share = [1.0 if weights is None else weights[name] for name in base]
+        lines += [_overall("base", base, share, Cost()), _overall("trained", trained, share, cost)]
+        gains.append(_overall_gain(base, trained, share))
     else:
         lines = [_with_cost(lines[0], Cost()), _with_cost(lines[1], cost)]
     failed = sum(r.failed + (r.greedy.failed if r.greedy else 0) for results in (base, trained) for r in results.values())
     extra = [f"{failed} gradings failed and are left out"] if failed else []
-    return FinalTable(lines, gains, device, [*notes, *extra])
+    return FinalTable(lines, gains, device, [*notes, *extra], weighting(weights or {}))
 
 
 def _line(name: str, model: str, result: SetResult) -> Line:
@@ -156,8 +175,8 @@ def _with_cost(line: Line, cost: Cost) -> Line:
     return Line(**{name: getattr(line, name) for name in Line.__slots__ if name != "cost"}, cost=cost)
 
 
-def _overall(model: str, results: Results, cost: Cost) -> Line:
-    """The plain mean over sets, so that a large set does not decide alone; intervals over problems within sets."""
+def _overall(model: str, results: Results, share: Sequence[float], cost: Cost) -> Line:
+    """The mean over sets, weighted by `share`; intervals over problems within sets."""
     each = [_line(name, model, result) for name, result in results.items()]
     greedy = [r.greedy for r in results.values() if r.greedy is not None]
     k = min(r.k for r in results.values())
@@ -167,11 +186,11 @@ def _overall(model: str, results: Results, cost: Cost) -> Line:
         model=model,
         problems=sum(line.problems for line in each),
         k=k,
-        pass_at_1=stratified_mean([r.means for r in results.values()]),
-        greedy=stratified_mean([r.means for r in greedy]) if len(greedy) == len(each) else None,
-        pass_at_k=stratified_mean(with_k) if with_k and all(len(v) for v in with_k) else None,
-        length=float(np.mean([line.length for line in each])),
-        truncated=float(np.mean([line.truncated for line in each])),
+        pass_at_1=stratified_mean([r.means for r in results.values()], share),
+        greedy=stratified_mean([r.means for r in greedy], share) if len(greedy) == len(each) else None,
+        pass_at_k=stratified_mean(with_k, share) if with_k and all(len(v) for v in with_k) else None,
+        length=float(np.average([line.length for line in each], weights=share)),
+        truncated=float(np.average([line.truncated for line in each], weights=share)),
         evaluated_tokens=sum(line.evaluated_tokens for line in each),
         cost=cost,
     )
@@ -188,17 +207,23 @@ def _gain(name: str, base: SetResult, trained: SetResult) -> Gain:
     )
 
 
-def _overall_gain(base: Results, trained: Results) -> Gain:
+def _overall_gain(base: Results, trained: Results, share: Sequence[float]) -> Gain:
     def difference(first: Sequence[SetResult | None], second: Sequence[SetResult | None]) -> Estimate | None:
         pairs = [(a, b) for a, b in zip(first, second, strict=True) if a is not None and b is not None]
-        return stratified_difference([b.means - a.means for a, b in pairs]) if len(pairs) == len(first) else None
+        return stratified_difference([b.means - a.means for a, b in pairs], share) if len(pairs) == len(first) else None
 
     befores, afters = list(base.values()), list(trained.values())
     greedy = [r.greedy for r in befores]
     sampled = difference(befores, afters)
     assert sampled is not None  # every set has sampled responses
     lengths = [b.length["mean"] / a.length["mean"] for a, b in zip(befores, afters, strict=True)]
-    return Gain(OVERALL, sampled, difference(greedy, [r.greedy for r in afters]), difference(greedy, afters), float(np.mean(lengths)))
+    return Gain(
+        OVERALL,
+        sampled,
+        difference(greedy, [r.greedy for r in afters]),
+        difference(greedy, afters),
+        float(np.average(lengths, weights=share)),
+    )
 
 
 def _cells(table: FinalTable) -> tuple[list[str], list[list[str]]]:
@@ -237,7 +262,7 @@ def caption(table: FinalTable) -> list[str]:
     """What must be known beside the tables, in lines."""
     problems = max((line.problems for line in table.lines), default=0)
     spent = sum(line.evaluated_tokens for line in table.lines if line.set != OVERALL)
-    told = f"{problems} problems, k = {max((line.k for line in table.lines), default=1)}; overall is the plain mean over sets"
+    told = f"{problems} problems, k = {max((line.k for line in table.lines), default=1)}; overall is the {table.weighting} over sets"
     costs = f"sampled tokens and {table.device}-hours are what training cost; the evaluation sampled {count(spent)} tokens more"
     return [told, costs, *table.notes]
 

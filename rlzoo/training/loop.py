@@ -334,7 +334,7 @@ class Trainer:
             checkpoint.save_model(self.folder.final, self.model, self.loaded.tokenizer)
         training = self.ledger.as_dict()
         self.progress.close()
-        results = self.measurer.final(self.model)
+        results, described = self.measurer.final(self.model), self.measurer.described()
         summary = result_row(
             kind="run",
             arm=self.config.algo,
@@ -342,7 +342,7 @@ class Trainer:
             results=results,
             ledger=self.ledger.as_dict(),
             environment=environment(),
-            **self.measurer.described(),
+            **described,
         ) | {
             "algo": self.config.algo,
             "steps": self.step,
@@ -354,7 +354,7 @@ class Trainer:
         table = None
         if results:
             cost = Cost(self.sampled_tokens, training["device_hours"])
-            table = final_table(results["base"], results["trained"], cost, device=self.ledger.device)
+            table = final_table(results["base"], results["trained"], cost, weights=described["weights"], device=self.ledger.device)
             summary["table"] = table.as_dict()
         self.folder.write_summary(summary)
         if table is not None:

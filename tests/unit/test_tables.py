@@ -49,6 +49,16 @@ def test_lines_and_gains_are_the_statistics_of_the_results():
     assert gain[OVERALL].length_ratio == 0.5
 
 
+def test_overall_is_weighted_as_the_suite_says():
+    made = final_table(BASE, TRAINED, COST, weights={"a": 3.0, "b": 1.0})
+    by = {(line.set, line.model): line for line in made.lines}
+    assert by[OVERALL, "base"].pass_at_1.mean == pytest.approx(0.75 * 1.75 / 4 + 0.25 * 0.25 / 2)
+    gain = {g.set: g for g in made.gains}
+    assert gain[OVERALL].pass_at_1.mean == pytest.approx(0.75 * gain["a"].pass_at_1.mean + 0.25 * gain["b"].pass_at_1.mean)
+    assert "overall is the mean weighted a 0.750, b 0.250 over sets" in plain_table(made)
+    assert "overall is the plain mean over sets" in plain_table(table())
+
+
 def test_every_way_of_writing_holds_every_figure():
     made = table()
     wide = Console(file=io.StringIO(), width=300)
