@@ -144,11 +144,12 @@ def test_the_row_follows_from_the_samples(tmp_path, tiny_tokenizer):
     assert f"{100 * whole['pass_at_1']['mean']:.1f} [" in text and "mean weighted easy 0.250, hard 0.750" in text
 
 
-def test_sets_with_different_k(tmp_path, tiny_tokenizer):
+def test_sets_with_different_k(tmp_path, tiny_tokenizer, capsys):
     _, row, *_ = measured(tmp_path, tiny_tokenizer, plan(ks=(1, 6)))
     easy, hard = (row["results"]["model"][name] for name in ("easy", "hard"))
     assert (easy["k"], easy["pass_at"], easy["maj_at_k"], hard["k"], list(hard["pass_at"])) == (1, {}, None, 6, ["2", "4", "6"])
     assert row["protocol"]["k"] == {"easy": 1, "hard": 6}
+    assert "responses 22/22" in capsys.readouterr().err
     assert row["overall"]["model"]["maj_at_k"] is None and row["overall"]["model"]["pass_at"] == {}
     validate(row)
 
@@ -165,7 +166,9 @@ def test_an_evaluation_that_broke_off_ends_as_the_whole_one_and_its_time_counts(
     cut, nothing, _, _, before = measured(tmp_path, tiny_tokenizer, options, "cut", fails_at)
     assert nothing is None and not (cut.path / "summary.json").exists()
     kept = read_rows(cut.path / "samples.jsonl")
-    with (cut.path / "samples.jsonl").open("a") as file:
+    with (cut.path / "samples.jsonl").open("w") as file:
+        for each in reversed(kept[1:]):  # problems came in in another order, and one of them not whole
+            file.write(json.dumps(each) + "\n")
         file.write('{"set": "easy", "id": "e0", "sam')  # cut off in the middle of a line
     _, resumed, again, _, after = measured(tmp_path, tiny_tokenizer, options, "cut")
     assert timeless(resumed) == timeless(row)
