@@ -60,7 +60,7 @@ def test_a_run_leaves_everything_a_run_leaves(name, tmp_path, capsys):
     everything = round(rows[1]["trees"] / (1 - rows[1]["dead_groups"]))  # what was dropped and refilled included
     assert len(stored) == everything >= 6 and any(s.credit is not None for s in stored)
     assert list(folder.path.rglob("events.out.tfevents*")) and not list(folder.path.rglob("*.pkl")) and not list(folder.path.rglob("*.bin"))
-    assert main(["show", str(folder.path), "--tree", "1"]) == 0
+    assert main(["show", str(folder.path), "--tree", "1", "--step", "1"]) == 0
     shown = capsys.readouterr().out
     assert stored[1].record.problem[:20] in shown and "value" in shown and any(stop in shown for stop in ("ANSWER", "EOS", "LENGTH"))
     load_model(str(folder.final), dtype="float32", device="cpu")

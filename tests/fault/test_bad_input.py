@@ -393,7 +393,7 @@ def test_a_grader_that_always_dies(command, tmp_path, capsys, monkeypatch):
     from rlzoo.training import collect
 
     config = GraderConfig(workers=2)
-    monkeypatch.setattr("rlzoo.rewards.math.Grader", lambda: Grader(config, command=[sys.executable, "-c", KILLED, "{}"]))
+    monkeypatch.setattr("rlzoo.rewards.math.Grader", lambda given: Grader(config, command=[sys.executable, "-c", KILLED, "{}"]))
     monkeypatch.setattr(collect, "decode_leaves", lambda tree, tokenizer: tuple(f"\\boxed{{x+{i}}}" for i in range(len(tree.leaves))))
     out = tmp_path / "run"
     message = "after step 0: grading itself failed for 8 of 8 responses (allowed: 1%)"

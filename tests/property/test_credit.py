@@ -162,7 +162,7 @@ def test_whitened_tokens_have_mean_zero_and_variance_one(batch, level):
     assert after.mean() == pytest.approx(0, abs=1e-9)
     if len(before) > 1 and before.var() > 1e-4:  # so that the 1e-8 in the root is below 1e-4 of it
         assert after.var(ddof=1) == pytest.approx(1, abs=1e-4)
-        assert_allclose(np.argsort(after, kind="stable"), np.argsort(before, kind="stable"))
+        assert (np.diff(after[np.argsort(before)]) >= -1e-9).all()  # the order stays, rounding apart
 
 
 @given(batch=st.lists(trees(), min_size=1, max_size=4), chosen=options, level=st.sampled_from(["leaf", "segment"]))
