@@ -66,7 +66,8 @@ def _complain(message: str, status: int) -> int:
 
 def _overview() -> str:
     lines = ["usage: rlzoo VERB [OPTIONS]    (rlzoo VERB --help for its options)", ""]
-    lines += [f"  {name:<8} {(function.__doc__ or '').strip().splitlines()[0]}" for name, function in VERBS.items()]
+    width = max(map(len, VERBS))
+    lines += [f"  {name:<{width}} {(function.__doc__ or '').strip().splitlines()[0]}" for name, function in VERBS.items()]
     return "\n".join(lines)
 
 
