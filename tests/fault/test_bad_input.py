@@ -107,6 +107,7 @@ def refused(tmp_path, capsys):
         (["--backend.device", "cuda:7"], "backend.device = 'cuda:7'"),
         (["--backend.kind", "nosuch"], "backend.kind = 'nosuch'; allowed: auto, torch"),
         (["--trackers", "nosuch"], "unknown tracker 'nosuch'; allowed are tensorboard, "),
+        (["--template", "nosuch"], "unknown template 'nosuch'"),
         (["--template", "nosuch:render"], "template 'nosuch:render' cannot be loaded: ModuleNotFoundError: No module named 'nosuch'"),
         (["--template", "faults:bad_template"], "template 'faults:bad_template' fails on problem 'p0': KeyError: 'level'"),
         (["--reward", "faults:nosuch"], "reward 'faults:nosuch' cannot be loaded: AttributeError"),
