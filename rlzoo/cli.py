@@ -6,6 +6,7 @@ import argparse
 import io
 import os
 import re
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr
@@ -13,7 +14,7 @@ from dataclasses import is_dataclass, make_dataclass
 from difflib import get_close_matches
 from itertools import takewhile
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
@@ -273,6 +274,40 @@ def _leaderboard(argv: Sequence[str]) -> int:
     return 0
 
 
+def _reproduce(argv: Sequence[str]) -> int:
+    """Set a paper's published figures beside ours: rlzoo reproduce NAME. Or test its claims on the embedded job: --scale mini."""
+
+    def reproduce(
+        paper: Annotated[str, tyro.conf.Positional],
+        /,
+        scale: Literal["paper", "mini"] = "paper",
+        results: Path = Path("results"),
+        out: Path | None = None,
+    ) -> Callable[[], None]:
+        """Print a paper's figures beside those of the rows below --results, or with --scale mini its claims tested on the embedded
+        job; --out writes the same as Markdown."""
+        from .report.reproduce import print_reproduction
+
+        return lambda: print_reproduction(paper, results, mini=scale == "mini", config_of=recipe_config, out=out)
+
+    _parse(reproduce, "rlzoo reproduce", argv)()
+    return 0
+
+
+def recipe_config(recipe: str) -> dict[str, Any]:
+    """The config of a command line without `rlzoo`, of `run` or `eval`, as its row has it.
+
+    Raises:
+        ValueError: another verb, or options that it does not know.
+    """
+    verb, *rest = shlex.split(recipe)
+    if verb == "run":
+        return parse_run(rest)[0].to_dict()
+    if verb == "eval":
+        return parse_eval(rest)[0].to_dict()
+    raise ValueError(f"{verb!r} makes no result row; known: run, eval")
+
+
 def _algos(argv: Sequence[str]) -> int:
     """List the algorithms, or print one's card and defaults: rlzoo algos [NAME]."""
 
@@ -319,6 +354,7 @@ VERBS: dict[str, Callable[[Sequence[str]], int]] = {
     "run": _run,
     "eval": _eval,
     "leaderboard": _leaderboard,
+    "reproduce": _reproduce,
     "show": _show,
     "report": _report,
     "algos": _algos,
