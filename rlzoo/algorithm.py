@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 from . import registry
 from .credit.base import CreditFunction
@@ -29,11 +30,17 @@ class Schedule:
     """Optimiser updates per pass over a step's trees."""
     epochs: int = 1
     """Passes over a step's trees."""
+    limit: Literal["none", "tokens", "trained-tokens", "device-hours"] = "none"
+    """What `budget` counts: sampled tokens, tokens of the updates' rows, or device-hours of training with its dev evaluations."""
+    budget: float = 0.0
+    """The run ends after the step that reaches it, at the latest after `steps`, which the learning rate goes by all the same."""
 
     def __post_init__(self) -> None:
-        for name, value in dataclasses.asdict(self).items():
-            if value < (0 if name == "steps" else 1):
+        for name in ("steps", "problems_per_step", "mini_batches", "epochs"):
+            if (value := getattr(self, name)) < (0 if name == "steps" else 1):
                 raise ValueError(f"schedule.{name} = {value} is too small")
+        if (self.limit == "none") != (self.budget == 0) or not 0 <= self.budget < math.inf:
+            raise ValueError(f"schedule.budget = {self.budget:g} with limit {self.limit!r}; a limit needs a budget above 0, none needs 0")
 
 
 @dataclass(frozen=True)

@@ -261,6 +261,44 @@ def _eval(argv: Sequence[str]) -> int:
     return 0
 
 
+def _compare(argv: Sequence[str]) -> int:
+    """Compare arms over seeds and problems: rlzoo compare RUN RUN..., or --arms A,B --seeds N trains what is missing."""
+
+    def compare(
+        runs: Annotated[tuple[Path, ...], tyro.conf.Positional] = (),
+        /,
+        arms: str = "",
+        algos: str = "",
+        seeds: int = 3,
+        match: Literal["tokens", "trained-tokens", "device-hours", "steps"] = "steps",
+        budget: float | None = None,
+        jobs: int = 1,
+        out: Path | None = None,
+        common: Path | None = None,
+        allow: tuple[str, ...] = (),
+        reach: float | None = None,
+        json: bool = False,
+    ) -> Callable[[], object]:
+        """Compare finished runs, grouped into arms by config; or --arms ALGO[@OPTION=VALUE...],FILE.toml,... (--algos: without
+        overrides) with --seeds seeds each, ended where they cost the same by --match (--budget; default what the cheapest uses), run
+        --jobs at a time below --out (default runs/compare), --common FILE.toml below every arm. --allow names fields of the protocol
+        that may differ, --reach a dev Pass@1 (share) whose cost is told."""
+        from .evaluation.compare import compare_arms, compare_runs
+
+        if sum(map(bool, (runs, arms, algos))) != 1:
+            raise ValueError("rlzoo compare takes finished runs, or --arms, or --algos: one of the three")
+        if runs:
+            return lambda: compare_runs(runs, allow=allow, out=out, reach=reach, as_json=json)
+        if "@" in algos or ".toml" in algos:
+            raise ValueError("--algos takes names of algorithms; overrides and files go to --arms")
+        plan: dict[str, Any] = {"seeds": seeds, "match": match, "budget": budget, "jobs": jobs, "common": common}
+        place = out or Path("runs/compare")
+        return lambda: compare_arms(arms or algos, **plan, out=place, allow=allow, reach=reach, as_json=json)
+
+    _parse(compare, "rlzoo compare", argv)()
+    return 0
+
+
 def _leaderboard(argv: Sequence[str]) -> int:
     """Rank the result rows of a folder: rlzoo leaderboard [--results results]. Writes leaderboard.md and leaderboard.html there."""
 
@@ -353,6 +391,7 @@ def _tiny(argv: Sequence[str]) -> int:
 VERBS: dict[str, Callable[[Sequence[str]], int]] = {
     "run": _run,
     "eval": _eval,
+    "compare": _compare,
     "leaderboard": _leaderboard,
     "reproduce": _reproduce,
     "show": _show,

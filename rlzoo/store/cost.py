@@ -4,12 +4,23 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 PHASES = ("sampling", "grading", "credit", "scoring", "update", "sync", "evaluation", "checkpoint", "other")
 """`other` is the time that no phase claimed."""
+
+
+def spent(rows: Iterable[Mapping[str, Any]]) -> dict[str, float]:
+    """What training has cost by rows of metrics.jsonl: sampled "tokens", "trained-tokens" (of the updates' rows, each pass counts), and
+    "device-hours" up to the last step, dev evaluations before it included."""
+    rows = list(rows)
+    return {
+        "tokens": sum(float(row.get("sampled_tokens") or 0) for row in rows),
+        "trained-tokens": sum(float(row.get("update/trained") or 0) for row in rows),
+        "device-hours": max((float(row.get("device_hours") or 0) for row in rows), default=0.0),
+    }
 
 
 def open_ledger(device: str) -> Ledger:

@@ -6,7 +6,7 @@ import copy
 import os
 import shlex
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,7 +28,7 @@ from ..report.progress import Progress
 from ..report.tables import Cost, FinalTable, final_table, print_table
 from ..rewards.reward import open_reward
 from ..sampling.seeds import mix
-from ..store.cost import open_ledger
+from ..store.cost import open_ledger, spent
 from ..store.environment import environment
 from ..store.files import locked, taken_back
 from ..store.runs import RunFolder
@@ -204,10 +204,10 @@ class Trainer:
         options = self.config.evaluation
         if self.step == 0 and self.dev:
             self._log(self._measure_dev())
-        while self.step < self.algorithm.schedule.steps:
+        while not self._over({}):
             with interrupts.held(f"step {self.step + 1}"):
                 row = self._guarded_step()
-                last = self.step == self.algorithm.schedule.steps
+                last = self._over(row)
                 improved = False
                 if self.dev and (last or self.step % options.every == 0):
                     row |= self._measure_dev()
@@ -218,6 +218,13 @@ class Trainer:
                 due = self.config.checkpoints.every and self.step % self.config.checkpoints.every == 0
                 if improved or due or last or interrupts.asked:
                     self._save()
+
+    def _over(self, row: Mapping[str, float]) -> bool:
+        """Whether training ends here: all steps are done, or the budget is spent; `row` is the step's, where it is not logged yet."""
+        schedule = self.algorithm.schedule
+        if self.step >= schedule.steps or schedule.limit == "none":
+            return self.step >= schedule.steps
+        return spent([*self.folder.metrics(), row])[schedule.limit] >= schedule.budget
 
     def _guarded_step(self) -> dict[str, float]:
         """A step. If its first update is not finite, nothing of it has been applied, and the state before it is saved before the
