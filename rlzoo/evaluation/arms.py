@@ -156,13 +156,13 @@ def refuse_mixture(arms: Mapping[str, Sequence[Member]], allow: Sequence[str] = 
     return list(notes.values())
 
 
-def as_arm(name: str, members: Sequence[Member]) -> Arm:
-    """Scores of the trained models [seeds, problems] per set, in shares; NaN where nothing was graded."""
+def as_arm(name: str, rows: Sequence[ResultRow], model: str = TRAINED) -> Arm:
+    """Scores of a model of rows that differ in seed [seeds, problems] per set, in shares; NaN where nothing was graded."""
 
     def scores(which: str) -> Float64:
-        sets = [m.row.results[TRAINED][which] for m in members]
+        sets = [row.results[model][which] for row in rows]
         right, graded = (np.array([getattr(s, field) for s in sets], np.float64) for field in ("right", "graded"))
         shares: Float64 = np.divide(right, graded, out=np.full(right.shape, np.nan), where=graded > 0)
         return shares
 
-    return Arm(name, tuple(m.row.seed for m in members), {which: scores(which) for which in members[0].row.results[TRAINED]})
+    return Arm(name, tuple(row.seed for row in rows), {which: scores(which) for which in rows[0].results[model]})

@@ -105,7 +105,7 @@ def compare_members(
     """
     notes = [*notes, *refuse_mixture(arms, allow)]
     weights = next(iter(arms.values()))[0].row.overall[TRAINED].weights
-    scored = [as_arm(name, members) for name, members in arms.items()]
+    scored = [as_arm(name, [m.row for m in members]) for name, members in arms.items()]
     costs = {name: [spent(m.run.rows) for m in members] for name, members in arms.items()}
     kinds = ("tokens", "trained-tokens", "device-hours")
     return Compared(

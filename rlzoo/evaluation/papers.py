@@ -11,7 +11,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from .comparison import Arm, compare
+from .arms import as_arm
+from .comparison import compare
 from .rows import Overall, ResultRow, read_row
 from .stats import Estimate, satterthwaite, t_mean, t_quantile
 from .testsets import read_shipped, shipped
@@ -205,7 +206,7 @@ def check_claim(claim: Claim, arms: Mapping[str, Sequence[ResultRow]], model: st
     seeds = len(a), len(b)
     _check_alike([*a, *b])
     if claim.measure == "pass_at_1":
-        both = _arm(claim.a, a, model), _arm(claim.b, b, model)
+        both = as_arm(claim.a, a, model), as_arm(claim.b, b, model)
         estimate: Estimate | None = compare(*both, weights=a[0].overall[model].weights).overall.estimate()
     else:
         estimate = _ratio(claim, a, b, model)
@@ -264,15 +265,6 @@ def _quantity(row: ResultRow, measure: str, model: str) -> float | None:
     if measure == "sampled_tokens":
         return row.sampled_tokens
     return None if row.training is None else row.training.device_hours
-
-
-def _arm(name: str, rows: Sequence[ResultRow], model: str) -> Arm:
-    def scores(row: ResultRow, each: str) -> list[float]:
-        own = row.results[model][each]
-        return [right / graded if graded else math.nan for right, graded in zip(own.right, own.graded, strict=True)]
-
-    sets = {each: np.array([scores(row, each) for row in rows], np.float64) for each in rows[0].results[model]}
-    return Arm(name, tuple(row.seed for row in rows), sets)
 
 
 def _check_alike(rows: Sequence[ResultRow]) -> None:
