@@ -19,11 +19,12 @@ from ..backends.select import open_backend
 from ..config import RunConfig, build
 from ..credit.base import Credit
 from ..data.loading import load_problems
-from ..data.problems import Problem
+from ..data.problems import Problem, checksum
 from ..data.stream import ProblemStream
 from ..data.templates import fitting, render
 from ..errors import one_line
 from ..evaluation.rows import result_row
+from ..evaluation.testsets import answers_checksum
 from ..report.progress import Progress
 from ..report.tables import Cost, FinalTable, final_table, print_table
 from ..rewards.reward import open_reward
@@ -169,6 +170,10 @@ class Trainer:
             self.progress.note(f"{len(problems) - len(kept)} of {len(problems)} {what} problems left out: prompts over {at_most} tokens")
         return kept, longest + response_tokens
 
+    def _checksums(self) -> list[str]:
+        """What tells the training problems and their answers from others."""
+        return [checksum(self.stream.problems), answers_checksum(self.stream.problems)]
+
     def _layout(self, longest_path: int) -> str:
         reason = exactness(self.model, longest_path) if self.config.update.layout == "packed" else None
         if reason:
@@ -179,9 +184,14 @@ class Trainer:
         """Go back to the newest whole checkpoint, or to the start if there is none (False).
 
         Raises:
-            ValueError: the checkpoint is of another model.
+            ValueError: the checkpoint is of another model, or was made with other training problems.
         """
         saved = checkpoint.newest(self.folder.checkpoints, self.model, self.progress.note)
+        if saved is not None and saved.state["problems"] != self._checksums():
+            raise ValueError(
+                f"the problems of {self.config.problems} are not those that {self.folder.path} was begun with; "
+                "bring them back or begin anew"
+            )
         self.folder.rewind(None if saved is None else saved.step)
         if saved is None:
             return False
@@ -325,6 +335,7 @@ class Trainer:
         with self.ledger.phase("checkpoint"):
             state = {
                 "cursor": self.stream.cursor,
+                "problems": self._checksums(),
                 "best": self.best,
                 "sampled_tokens": self.sampled_tokens,
                 "token_budget": self.token_budget,

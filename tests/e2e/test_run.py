@@ -138,6 +138,22 @@ def test_bad_input_is_one_sentence_and_a_non_zero_exit_of_the_real_process(tmp_p
     assert not (tmp_path / "out").exists()
 
 
+def test_a_run_is_not_resumed_with_other_problems(tmp_path, capsys):
+    rows = [{"id": str(i), "problem": f"Compute {i}+1.", "answer": str(i + 1)} for i in range(8)]
+    problems = tmp_path / "problems.jsonl"
+    problems.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    folder = run(tmp_path, "--algo", "grpo", "--problems", str(problems), "--schedule.steps", "1", "--checkpoints.every", "1")
+    (folder.path / "summary.json").unlink()  # as if it had died before its end
+    before = (folder.path / "metrics.jsonl").read_text()
+    problems.write_text("".join(json.dumps(row | {"answer": "0"}) + "\n" for row in rows))
+    assert main(["run", "--resume", "--out", str(folder.path)]) == 2
+    error = capsys.readouterr().err
+    assert "are not those that" in error and str(folder.path) in error
+    assert (folder.path / "metrics.jsonl").read_text() == before
+    problems.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert main(["run", "--resume", "--out", str(folder.path)]) == 0
+
+
 def test_an_existing_folder_is_never_overwritten(tmp_path, capsys):
     folder = run(tmp_path, "--algo", "grpo")
     before = json.dumps(folder.metrics())
