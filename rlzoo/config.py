@@ -62,6 +62,8 @@ class EvaluationOptions:
 
     suite: str = "mini"
     """Suite for the final table; "none" skips it."""
+    data_dir: str = ""
+    """Folder with its test sets as local files; without it they are made or downloaded."""
     k: int = 16
     """Sampled responses per problem at temperature 1."""
     dev: str = "arithmetic:dev"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shlex
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -28,7 +27,7 @@ from ..store.environment import environment
 from ..store.files import locked, remove_partials, taken_back
 from ..store.runs import RunFolder, read_rows, to_json, write_aside
 from ..training.interrupts import Interrupts
-from ..training.models import load_model, pick_device
+from ..training.models import load_model, pick_device, weights_sha256
 from .options import EvalConfig
 from .rows import Protocol, describe_sets, engine_name, result_row
 from .runner import Grades, Row, SetResult, Sink, complete, evaluate
@@ -111,7 +110,10 @@ def run_eval(config: EvalConfig, *, out: Path | None = None, resume: bool = Fals
         RuntimeError: it could not go on (grading failed, disk full, ...); what was sampled is kept.
         KeyboardInterrupt: by Ctrl-C or SIGTERM; says how to go on.
     """
-    path = _place(config, out, resume)
+    if not config.model:
+        raise ValueError("no model given; rlzoo eval MODEL, which is tiny (the embedded one), a local folder or a hub id")
+    name = f"eval-{Path(config.model).name or 'model'}-{config.suite}"
+    path = RunFolder.place(out, name, config.to_dict(), resume=resume, whole=lambda *kept: EvalConfig.from_dict(*kept).to_dict())
     folder = RunFolder(path)
     if resume and (row := folder.summary()) is not None:
         return _ended(path, row, ", finished already: nothing is left to do")
@@ -141,22 +143,6 @@ def run_eval(config: EvalConfig, *, out: Path | None = None, resume: bool = Fals
         except KeyboardInterrupt as error:
             raise KeyboardInterrupt(f"interrupted; to go on: {again}") from error
     return _ended(path, row, "")
-
-
-def _place(config: EvalConfig, out: Path | None, resume: bool) -> Path:
-    """The folder: one that is free, or the one to go on with."""
-    if not config.model:
-        raise ValueError("no model given; rlzoo eval MODEL, which is tiny (the embedded one), a local folder or a hub id")
-    if not resume:
-        name = Path(config.model).name or "model"
-        path = out or Path("runs") / f"eval-{name}-{config.suite}-{time.strftime('%Y%m%d-%H%M%S')}"
-        RunFolder.refuse_taken(path)
-        return path
-    if out is None:
-        raise ValueError("--resume needs --out FOLDER, the evaluation to go on with")
-    folder = RunFolder.open(out)
-    folder.refuse_change(EvalConfig.from_dict(folder.config(), str(out / "config.toml")).to_dict(), config.to_dict())
-    return out
 
 
 def _ended(path: Path, row: dict[str, Any], how: str) -> Evaluation:
@@ -189,6 +175,7 @@ def evaluate_into(folder: RunFolder, plan: Plan, backend: Backend, reward: Rewar
     samples = folder.path / "samples.jsonl"
     known = _without_failures(complete(read_rows(samples), plan.k))
     write_aside(samples, _lines(known))
+    ledger.beside("grading_cpu_s", lambda: reward.cpu_s)
     kept = _KeptLedger(ledger, folder.path / "ledger.json")
     running = _Running(plan.config.temperature, known)
     timed = _Timed(reward, ledger)
@@ -273,7 +260,7 @@ def _row(plan: Plan, results: Mapping[str, SetResult], backend: Backend, ledger:
         weights=plan.suite.weights_by_set,
         ledger=ledger.as_dict(),
         environment=environment(),
-    )
+    ) | {"weights_sha256": {MODEL: weights_sha256(config.model)}}
     plain: dict[str, Any] = json.loads(to_json(made))  # as a reader of the file has it: no tuples, no infinities
     return plain
 

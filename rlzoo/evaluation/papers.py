@@ -19,8 +19,9 @@ from .testsets import read_shipped, shipped
 
 ConfigOf = Callable[[str], Mapping[str, Any]]
 """The config of a recipe: a command line without `rlzoo`."""
-APART = ("seed", "trackers", "backend.threads")
-"""All that may differ between a row's config and its recipe's: the draw, what was written beside, and cores lent."""
+APART = ("seed", "trackers", "backend.threads", "data_dir", "evaluation.data_dir")
+"""All that may differ between a row's config and its recipe's: the draw, what was written beside, cores lent, and where on the disk test
+sets lie (whose checksums are the row's)."""
 ABSENT = {
     "max_prompt_tokens": 0,
     "schedule.limit": "none",

@@ -136,7 +136,8 @@ class Protocol:
 
 @dataclass(frozen=True, slots=True)
 class LedgerRow:
-    """`rlzoo.store.cost.Ledger.as_dict`: device-hours are devices x wall, the phases sum to the wall time."""
+    """`rlzoo.store.cost.Ledger.as_dict`: device-hours are devices x wall, the phases sum to the wall time. `overlapped`, which older rows
+    lack, is work in other processes meanwhile: "grading_cpu_s"."""
 
     device: str
     devices: int
@@ -144,6 +145,7 @@ class LedgerRow:
     device_hours: float
     seconds: dict[str, float]
     device_seconds: dict[str, float]
+    overlapped: dict[str, float] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,7 +165,8 @@ class Environment:
 @dataclass(frozen=True, slots=True)
 class ResultRow:
     """The row. `results` and `overall` are by model: "model" of `rlzoo eval`, "base" and "trained" of `rlzoo run`, which also has
-    the keys from `algo` on: `training` is the ledger without the final measurement, `table` what was printed."""
+    the keys from `algo` on: `training` is the ledger without the final measurement, `table` what was printed. `weights_sha256` is by
+    model, see `rlzoo.training.models.weights_sha256`; older rows lack it."""
 
     schema_version: int
     kind: Literal["eval", "run"]
@@ -178,6 +181,7 @@ class ResultRow:
     ledger: LedgerRow
     environment: Environment
     config: dict[str, Any]
+    weights_sha256: dict[str, str | None] | None = None
     algo: str | None = None
     steps: int | None = None
     sampled_tokens: int | None = None

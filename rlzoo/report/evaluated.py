@@ -14,7 +14,7 @@ from ..store.environment import environment
 from ..store.runs import to_json, write_aside
 from .grid import Grid
 from .tables import OVERALL, weighting
-from .text import count, percent, points
+from .text import beside, count, percent, points
 
 
 def estimate(plain: Mapping[str, Any] | None) -> Estimate | None:
@@ -46,6 +46,7 @@ def evaluation_grid(row: Mapping[str, Any], model: str = "model") -> Grid:
         f"{weighting(whole['weights'])} over sets",
         f"{ledger['device_hours']:.4f} {ledger['device']}-hours ({ledger['devices']} x {ledger['wall_s']:.0f} s): {spent}",
     ]
+    notes += beside(ledger)
     if protocol["vote"] == "string":
         notes.append(f"maj@{k} by equal strings")
     failed = sum(m["failed"] + (m["greedy"] or {"failed": 0})["failed"] for m in sets.values())

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 from ..evaluation.stats import Estimate
 
@@ -27,6 +29,13 @@ def points(estimate: Estimate | None) -> str:
     if estimate is None:
         return "-"
     return f"{100 * estimate.mean:+.1f} [{_bound(estimate.low, '+')}, {_bound(estimate.high, '+')}]"
+
+
+def beside(ledger: Mapping[str, Any]) -> list[str]:
+    """A line on the work that overlapped with the phases of a ledger; none where it tells of none."""
+    grading_s = (ledger.get("overlapped") or {}).get("grading_cpu_s", 0.0)
+    told = f"beside it {grading_s:.3g} s of CPU time in grading workers, which overlaps with the phases and is not in them"
+    return [told] if grading_s else []
 
 
 def _bound(value: float, sign: str = "") -> str:

@@ -133,6 +133,11 @@ class Grader:
     def restarts(self) -> int:
         return self._pool.restarts
 
+    @property
+    def cpu_s(self) -> float:
+        """CPU seconds that the workers have used, their start included."""
+        return self._pool.cpu_s
+
     def __enter__(self) -> Grader:
         return self
 

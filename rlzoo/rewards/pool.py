@@ -19,7 +19,7 @@ import tempfile
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -93,6 +93,7 @@ class _Worker:
         self.stdin, self.stdout = self.process.stdin, self.process.stdout
         self.in_flight: deque[Task] = deque()
         self.bytes_out = 0
+        self.child_cpu_s = 0.0  # what the child at work has told of
         self.ready = False
         self.progress = time.monotonic()
         self.buffer = b""
@@ -148,6 +149,7 @@ class Pool:
         self.size, self.limits, self.start_timeout_s, self.max_starts = workers, limits, start_timeout_s, max_starts
         self.command = tuple(command) if command else (sys.executable, "-P", "-m", "rlzoo.rewards.worker", limits.to_json())
         self.restarts = 0
+        self.cpu_s = 0.0  # of all workers so far, in their own processes
         self._queue: deque[Task] = deque()
         self._workers: list[_Worker] = []
         self._lock = threading.Lock()
@@ -304,9 +306,12 @@ class Pool:
             self._dismiss(worker, strike=True)
             return
         for frame in frames:
+            self._count(worker, frame)
             if "ready" in frame:
                 worker.ready = True
                 worker.progress = time.monotonic()
+            elif frame.keys() == {"ended_cpu_s"}:
+                continue
             elif "died" in frame:
                 if not self._bury(worker, str(frame["died"])):
                     self._dismiss(worker, strike=True)
@@ -317,6 +322,17 @@ class Pool:
             else:
                 self._dismiss(worker, strike=True)
                 return
+
+    def _count(self, worker: _Worker, frame: Mapping[str, Any]) -> None:
+        """Add what a frame tells of CPU seconds; the end of a child tells what it used after its last answer, too."""
+        if "ended_cpu_s" in frame:
+            self.cpu_s += max(0.0, float(frame["ended_cpu_s"]) - worker.child_cpu_s)
+            worker.child_cpu_s = 0.0
+            return
+        used_s = float(frame.get("cpu_s", 0.0))
+        self.cpu_s += used_s
+        if "ready" not in frame:
+            worker.child_cpu_s += used_s
 
     def _bury(self, worker: _Worker, reason: str) -> bool:
         """A child died with the pair at the head of the line. False when the worker can no longer be trusted."""

@@ -28,7 +28,11 @@ class Grade:
 
 
 class Reward(Protocol):
-    """Grades in the background where it can: `submit` returns at once, `collect` waits."""
+    """Grades in the background where it can: `submit` returns at once, `collect` waits. `cpu_s`: CPU seconds spent in other processes,
+    beside the caller's own time."""
+
+    @property
+    def cpu_s(self) -> float: ...
 
     def submit(self, items: Sequence[Item]) -> Any: ...
 
@@ -44,6 +48,10 @@ class MathReward:
         from .math import Grader
 
         self._grader = Grader(config)
+
+    @property
+    def cpu_s(self) -> float:
+        return self._grader.cpu_s
 
     def submit(self, items: Sequence[Item]) -> Any:
         return self._grader.submit([(problem.answer, text) for problem, text in items])
@@ -66,6 +74,10 @@ class PluginReward:
 
     def __init__(self, function: Callable[[Sequence[Item]], Sequence[Any]], name: str) -> None:
         self._function, self._name = function, name
+
+    @property
+    def cpu_s(self) -> float:
+        return 0.0  # it works in the caller's process, while `collect` waits for it
 
     def submit(self, items: Sequence[Item]) -> Sequence[Item]:
         return items

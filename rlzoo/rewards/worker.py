@@ -5,8 +5,9 @@ under a CPU timer that the kernel enforces (SIGPROF with its default action ends
 and without write rights. When a child dies the supervisor reports why and forks the next one within milliseconds.
 
 Frames: 4 bytes of length (big-endian), then JSON. To the worker: {"id", "gold", "answer", "boxed"}. From it: {"ready": pid of the
-supervisor}, {"id", "kind", "detail"} per pair, {"died": "cpu" | "memory" | "wall" | "signal N" | "exit N"} when the pair at the head of the
-line ended its child. Only JSON: nothing is ever unpickled.
+supervisor, "cpu_s": what its start took}, {"id", "kind", "detail", "cpu_s": since the child's last answer} per pair, and of a child that
+has ended {"ended_cpu_s": of its whole life}, with "died": "cpu" | "memory" | "wall" | "signal N" | "exit N" when the pair at the head of
+the line ended it. Only JSON: nothing is ever unpickled.
 """
 
 from __future__ import annotations
@@ -118,6 +119,7 @@ def _child(limits: Limits, notify: int, answers: int) -> NoReturn:
     arm = signal.setitimer
     guard_eval()
     _forbid_effects()
+    told_s = 0.0
     for _ in range(limits.recycle):
         request = _read_frame(0)
         if request is None:
@@ -135,7 +137,9 @@ def _child(limits: Limits, notify: int, answers: int) -> NoReturn:
             kind, detail = "failed", f"{type(error).__name__} in the grader"
         arm(signal.ITIMER_PROF, 0)
         os.write(notify, b"e")
-        os.write(answers, pack({"id": request["id"], "kind": kind, "detail": detail}))
+        used_s = time.process_time()
+        os.write(answers, pack({"id": request["id"], "kind": kind, "detail": detail, "cpu_s": used_s - told_s}))
+        told_s = used_s
     os._exit(0)
 
 
@@ -165,8 +169,9 @@ def _reason(status: int) -> str:
     return "memory" if code == _OUT_OF_MEMORY else f"exit {code}"
 
 
-def _watch(pid: int, watch: int, wall_s: float) -> str | None:
-    """Wait for the child's end; None when it was a clean one. Ends this process when the caller is gone."""
+def _watch(pid: int, watch: int, wall_s: float) -> tuple[str | None, float]:
+    """Wait for the child's end; why it died, None when its end was a clean one, and the CPU seconds of its life. Ends this process when
+    the caller is gone."""
     parent, started, killed = os.getppid(), None, False
     poll = select.poll()
     poll.register(0, 0)  # only the hang-up: the child reads the requests
@@ -176,9 +181,9 @@ def _watch(pid: int, watch: int, wall_s: float) -> str | None:
         events = dict(poll.poll(left_s * 1000))
         data = os.read(watch, 4096) if watch in events else b"-"
         if not data:  # the child is gone
-            status = os.waitpid(pid, 0)[1]
+            _, status, usage = os.wait4(pid, 0)
             os.close(watch)
-            return "wall" if killed else None if status == 0 else _reason(status)
+            return "wall" if killed else None if status == 0 else _reason(status), usage.ru_utime + usage.ru_stime
         if data[-1:] in (b"s", b"e"):
             started = time.monotonic() if data.endswith(b"s") else None
         if events.get(0, 0) & (select.POLLHUP | select.POLLERR) or os.getppid() != parent:
@@ -212,11 +217,10 @@ def main() -> None:
     _warm_up()
     gc.collect()
     gc.freeze()  # keep the shared pages shared
-    os.write(answers, pack({"ready": os.getpid()}))
+    os.write(answers, pack({"ready": os.getpid(), "cpu_s": time.process_time()}))
     while True:
-        reason = _watch(*_fork(limits, answers), limits.wall_s)
-        if reason is not None:
-            os.write(answers, pack({"died": reason}))
+        reason, used_s = _watch(*_fork(limits, answers), limits.wall_s)
+        os.write(answers, pack({"ended_cpu_s": used_s} | ({} if reason is None else {"died": reason})))
 
 
 if __name__ == "__main__":

@@ -51,6 +51,8 @@ class Ledger:
         self._seconds = dict.fromkeys(PHASES, 0.0)
         self._device_seconds = dict.fromkeys(PHASES, 0.0)
         self._stack: list[str] = []
+        self._beside: dict[str, Callable[[], float]] = {}
+        self._beside_before: dict[str, float] = {}
         self._thread = threading.get_ident()
         self._mark = clock()
 
@@ -73,6 +75,16 @@ class Ledger:
         finally:
             self._charge()
             self._stack.pop()
+
+    def beside(self, name: str, spent: Callable[[], float]) -> None:
+        """Also tell, under `name`, of work that overlaps with the phases in other processes: `spent` gives its amount in this session.
+        It is part of no phase and of no sum."""
+        self._beside[name] = spent
+
+    def overlapped(self) -> dict[str, float]:
+        """The work beside the phases, all sessions together."""
+        before = self._beside_before
+        return before | {name: before.get(name, 0.0) + spent() for name, spent in self._beside.items()}
 
     def _charge(self) -> None:
         now = self._clock()
@@ -107,6 +119,7 @@ class Ledger:
             "device_hours": sum(self._device_seconds.values()) / 3600,
             "seconds": dict(self._seconds),
             "device_seconds": dict(self._device_seconds),
+            "overlapped": self.overlapped(),
         }
 
     def resume(self, saved: Mapping[str, Any]) -> None:
@@ -124,3 +137,5 @@ class Ledger:
                 raise ValueError(f"the saved ledger has unknown phases: {', '.join(sorted(unknown))}")
             for name, value in saved[key].items():
                 own[name] += float(value)
+        for name, value in saved.get("overlapped", {}).items():
+            self._beside_before[name] = self._beside_before.get(name, 0.0) + float(value)

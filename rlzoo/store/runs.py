@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import time
 import tomllib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -118,6 +119,24 @@ class RunFolder:
         if found is not None:
             key, old, new = found
             raise ValueError(f"{self.path} was started with {key} = {old!r}, not {new!r}; --resume goes on with a run as it was started")
+
+    @classmethod
+    def place(cls, out: Path | None, name: str, asked: Row, *, resume: bool, whole: Callable[[Row, str], Row]) -> Path:
+        """Where a run or an evaluation of the config `asked` works: in a folder that is free, runs/NAME-TIME without `out`; or, to
+        `resume` one, in the folder `out` that holds it. `whole` completes a stored config (with its origin) with younger options.
+
+        Raises:
+            ValueError: the folder is taken; or there is nothing to go on with in it, or something of another config.
+        """
+        if not resume:
+            path = out or Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+            cls.refuse_taken(path)
+            return path
+        if out is None:
+            raise ValueError("--resume needs --out FOLDER, the one to go on with")
+        folder = cls.open(out)
+        folder.refuse_change(whole(folder.config(), str(out / "config.toml")), asked)
+        return out
 
     def log(self, row: Mapping[str, Any]) -> None:
         """Append one row to `metrics.jsonl`; it is on disk when this returns.

@@ -39,8 +39,8 @@ from . import checkpoint, sync
 from .collect import Batch, Collector, GradedTree, describe
 from .exactness import exactness
 from .interrupts import Interrupts
-from .measure import Measurer
-from .models import LoadedModel, load_model
+from .measure import Measurer, final_suite
+from .models import LoadedModel, load_model, weights_sha256
 from .optim import make_optimizer, make_scheduler
 from .update import NonFiniteError, score, update
 
@@ -66,11 +66,13 @@ def run(config: RunConfig, *, out: Path | None = None, resume: bool = False) -> 
         KeyboardInterrupt: by Ctrl-C or SIGTERM; says how to go on.
     """
     check_trackers(config.trackers)
-    path = _place(config, out, resume)
+    name = f"{config.algo}-s{config.seed}"
+    path = RunFolder.place(out, name, config.to_dict(), resume=resume, whole=lambda kept, origin: build([(origin, kept)]).to_dict())
     if resume and (summary := RunFolder(path).summary()) is not None:
         return _finished(path, summary)
     problems = load_problems(config.problems)
     dev = load_problems(config.evaluation.dev, limit=config.evaluation.dev_problems) if config.evaluation.every else []
+    suite = final_suite(config)
     again = f"rlzoo run --resume --out {shlex.quote(str(path))}"
     with Interrupts() as interrupts, locked(path) as made, taken_back(path, made) as stays:
         if resume:
@@ -79,7 +81,7 @@ def run(config: RunConfig, *, out: Path | None = None, resume: bool = False) -> 
         try:
             torch.set_num_threads(config.backend.threads or os.cpu_count() or 1)
             loaded = load_model(config.model, dtype=config.backend.dtype, device=config.backend.device)
-            trainer = Trainer(config, folder, loaded, problems, dev, resume=resume)
+            trainer = Trainer(config, folder, loaded, problems, dev, suite, resume=resume)
             stays()  # until here nothing has happened, and what is there would block the corrected command
             try:
                 with closing(trainer):
@@ -91,19 +93,6 @@ def run(config: RunConfig, *, out: Path | None = None, resume: bool = False) -> 
                 raise RuntimeError(f"{where}{said}; once that is mended, go on with {again}") from error
         except KeyboardInterrupt as error:
             raise KeyboardInterrupt(f"interrupted; to go on: {again}") from error
-
-
-def _place(config: RunConfig, out: Path | None, resume: bool) -> Path:
-    """The run's folder: one that is free, or the one to go on with."""
-    if not resume:
-        path = out or Path("runs") / f"{config.algo}-s{config.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
-        RunFolder.refuse_taken(path)
-        return path
-    if out is None:
-        raise ValueError("--resume needs --out FOLDER, the run to go on with")
-    folder = RunFolder.open(out)
-    folder.refuse_change(build([(str(out / "config.toml"), folder.config())]).to_dict(), config.to_dict())
-    return out
 
 
 def _finished(path: Path, summary: dict[str, Any]) -> Run:
@@ -123,6 +112,7 @@ class Trainer:
         loaded: LoadedModel,
         problems: Sequence[Problem],
         dev: Sequence[Problem],
+        suite: Mapping[str, Sequence[Problem]],
         *,
         resume: bool = False,
     ) -> None:
@@ -139,14 +129,15 @@ class Trainer:
         self.backend = open_backend(config.backend, self.model, loaded.tokenizer, loaded.device)
         self.progress = Progress(max(1, self.algorithm.schedule.steps))
         self.reward = open_reward(config.reward)
+        self.ledger.beside("grading_cpu_s", lambda: self.reward.cpu_s)
         problems, longest = self._fitting(problems, "training", self.algorithm.sampler.max_response_tokens, config.max_prompt_tokens)
         self.stream = ProblemStream(problems, seed=config.seed)
         self.collector = Collector(
             self.algorithm, self.backend, self.reward, self.stream, template=config.template, seed=config.seed, ledger=self.ledger
         )
         self.dev, _ = self._fitting(dev, "dev", config.evaluation.max_response_tokens, config.max_prompt_tokens)
-        self.measurer = Measurer(config, self.backend, self.reward, self.ledger, folder, self.progress)
-        for name, testset in self.measurer.suite.items():
+        self.measurer = Measurer(config, suite, self.backend, self.reward, self.ledger, folder, self.progress)
+        for name, testset in suite.items():
             self._fitting(testset, name, config.evaluation.max_response_tokens, 0)
         self.layout = self._layout(longest)
         self.token_budget = config.update.token_budget
@@ -368,6 +359,7 @@ class Trainer:
             "unrolled_tokens": int(sum(row.get("unrolled_tokens", 0) for row in self.folder.metrics())),
             "best": self.best,
             "training": training,
+            "weights_sha256": {"base": weights_sha256(self.config.model), "trained": weights_sha256(str(self.folder.final))},
         }
         table = None
         if results:

@@ -24,13 +24,33 @@ NONE = "none"
 SEED = 20_000  # evaluation draws its own numbers, the same ones for every run, so that runs are compared on equal terms
 
 
+Problems = Mapping[str, Sequence[Problem]]
+"""By test set."""
+
+
+def final_suite(config: RunConfig) -> dict[str, list[Problem]]:
+    """The problems of the final measurement by test set; {} where there is none.
+
+    Raises:
+        ValueError: unknown suite, or a set that cannot be read or is not the pinned one.
+    """
+    if config.evaluation.suite == NONE:
+        return {}
+    try:
+        return load_suite(config.evaluation.suite, config.evaluation.data_dir or None)
+    except ValueError as error:  # told with the name that the option has here
+        raise ValueError(str(error).replace("--data-dir", "--evaluation.data-dir")) from error
+
+
 class Measurer:
     """Evaluates through the run's own backend and grader; the time goes to the ledger's `evaluation`."""
 
-    def __init__(self, config: RunConfig, backend: Backend, reward: Reward, ledger: Ledger, folder: RunFolder, progress: Progress) -> None:
+    def __init__(
+        self, config: RunConfig, suite: Problems, backend: Backend, reward: Reward, ledger: Ledger, folder: RunFolder, progress: Progress
+    ) -> None:
         self._config, self._backend, self._reward = config, backend, reward
         self._ledger, self._folder, self._progress = ledger, folder, progress
-        self.suite = {} if config.evaluation.suite == NONE else load_suite(config.evaluation.suite)
+        self.suite = suite
 
     def described(self) -> dict[str, Any]:
         """What a result row says of the final measurement: suite, testsets, weights and protocol."""

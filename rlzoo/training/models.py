@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Collection
 from dataclasses import dataclass
+from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -32,6 +34,35 @@ class LoadedModel:
 def resolve(name: str) -> str:
     """The folder of the embedded model, or `name` itself."""
     return str(files("rlzoo").joinpath("assets", "tiny")) if name == EMBEDDED else name
+
+
+def weights_sha256(name: str) -> str | None:
+    """SHA-256 of a model's safetensors file (what `sha256sum` prints), of several that of the lines "SHA-256  NAME" in the order of
+    their names. None where there is no such file here: another format, or a model that is somewhere else. `name` as for `load_model`;
+    of a model of the hub it is the copy that was downloaded."""
+    folder = Path(resolve(name))
+    if not folder.is_dir():
+        from huggingface_hub import try_to_load_from_cache
+        from huggingface_hub.errors import HFValidationError
+
+        try:
+            cached = try_to_load_from_cache(name, "config.json")
+        except HFValidationError:
+            return None
+        if not isinstance(cached, str):
+            return None
+        folder = Path(cached).parent
+    hashes = {path.name: _file_sha256(path, path.stat().st_size, path.stat().st_mtime_ns) for path in folder.glob("model*.safetensors")}
+    if len(hashes) < 2:
+        return next(iter(hashes.values()), None)
+    return hashlib.sha256("".join(f"{hashes[name]}  {name}\n" for name in sorted(hashes)).encode()).hexdigest()
+
+
+@cache
+def _file_sha256(path: Path, size_bytes: int, mtime_ns: int) -> str:
+    """Of a file in one state, told by size and time: a suite of evaluations reads it once."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def pick_device(device: str) -> str:

@@ -1,5 +1,6 @@
 """The command line end to end on the embedded model and task, in miniature; every registered algorithm."""
 
+import hashlib
 import json
 import os
 import subprocess
@@ -56,6 +57,10 @@ def test_a_run_leaves_everything_a_run_leaves(name, tmp_path, capsys):
     summary = folder.summary()
     assert summary["sampled_tokens"] == sum(r["sampled_tokens"] for r in rows[1:])
     assert sum(summary["ledger"]["seconds"].values()) == pytest.approx(summary["ledger"]["wall_s"])
+    assert summary["ledger"]["overlapped"]["grading_cpu_s"] >= 0
+    files = {"base": Path(resolve("tiny")), "trained": folder.final}
+    hashes = {model: hashlib.sha256((path / "model.safetensors").read_bytes()).hexdigest() for model, path in files.items()}
+    assert summary["weights_sha256"] == hashes and len(set(hashes.values())) == 2
     stored = read_trees(folder.trees_path(1))
     everything = round(rows[1]["trees"] / (1 - rows[1]["dead_groups"]))  # what was dropped and refilled included
     assert len(stored) == everything >= 6 and any(s.credit is not None for s in stored)

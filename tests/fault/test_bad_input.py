@@ -114,6 +114,8 @@ def refused(tmp_path, capsys):
         (["--reward", "faults:GOOD"], "reward 'faults:GOOD' is not a function of"),
         (["--reward", "mathematics"], "reward 'mathematics' is neither a known name nor of the form package.module:function"),
         (["--evaluation.suite", "nosuch"], "unknown suite 'nosuch'"),
+        (["--evaluation.suite", "quick", "--evaluation.data-dir", "/nosuch"], "test set amc23: no amc23.jsonl or amc23.parquet in /nosuch"),
+        (["--evaluation.suite", "treepo"], "give --evaluation.data-dir, a folder with "),
         (["--backend.max-context", "30"], "problem 'p0' has a prompt of "),
         (["--backend.max-context", "5000"], "1024"),
         (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -325,3 +326,22 @@ def test_workers_die_with_their_parent() -> None:
         parent.kill()  # SIGKILL: no clean-up of its own
         parent.wait()
     assert until(lambda: gone(processes))
+
+
+def test_the_cpu_time_of_workers_is_counted() -> None:
+    """Against what the kernel says of the children that were waited for: those still at work when the grader closes are missing there."""
+
+    def children_s() -> float:
+        used = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return used.ru_utime + used.ru_stime
+
+    before = children_s()
+    with faulty(recycle=3) as grader:
+        assert grader.cpu_s == 0
+        grader.grade([boxed(f"x+{i}+1-{i}") for i in range(7)])  # two children end, of the third one pair is told
+        honest = grader.cpu_s
+        assert [v.kind for v in grader.grade([("2", r"\boxed{7^{9^{9^{9}}}}")])] == [Kind.TIMED_OUT]
+        assert grader.cpu_s - honest > 0.9, "the pair that ran into its deadline of 1 s counts"
+        counted = grader.cpu_s
+    known = children_s() - before
+    assert counted == pytest.approx(known, rel=0.1, abs=0.1)

@@ -76,6 +76,26 @@ def test_resume_goes_on_counting_and_leaves_out_the_pause():
     assert more.as_dict()["device_seconds"]["update"] == 8 * 1800
 
 
+def test_overlapped_work_is_told_beside_the_phases_and_goes_on_after_a_resume():
+    clock, graded = Clock(), [1.5]
+    first = Ledger(clock=clock)
+    assert first.as_dict()["overlapped"] == {}
+    first.beside("grading_cpu_s", lambda: graded[0])
+    with first.phase("sampling"):
+        clock.pass_(10)
+        graded[0] = 4.0
+    saved = first.as_dict()
+    assert saved["overlapped"] == {"grading_cpu_s": 4.0}
+    assert saved["wall_s"] == sum(saved["seconds"].values()) == 10, "it is in no phase"
+    again = Ledger(clock=clock)
+    again.beside("grading_cpu_s", lambda: 0.5)  # of this session
+    again.resume(saved)
+    again.resume(saved)
+    assert again.overlapped() == {"grading_cpu_s": 8.5}
+    again.resume({name: value for name, value in saved.items() if name != "overlapped"})  # of an older version
+    assert again.overlapped() == {"grading_cpu_s": 8.5}
+
+
 def test_refusals():
     with pytest.raises(ValueError, match="devices = 0"):
         Ledger(devices=0)

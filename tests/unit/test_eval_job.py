@@ -76,6 +76,10 @@ class Grader:
     def __init__(self, clock):
         self.clock, self.batches, self.pairs = clock, 0, []
 
+    @property
+    def cpu_s(self):
+        return 2.0 * self.batches  # in workers, while the engine samples
+
     def submit(self, items):
         return Ticket(items)
 
@@ -111,6 +115,8 @@ def test_phases_sum_to_the_wall_time_and_device_hours_are_devices_times_time(tmp
     assert spent == {"sampling": 2.0 * backend.calls, "grading": 5.0 * grader.batches, "other": 3.0}
     assert ledger["device_hours"] == pytest.approx(4 * clock.now / 3600)
     assert {name: s * 4 for name, s in ledger["seconds"].items()} == ledger["device_seconds"]
+    assert ledger["overlapped"] == {"grading_cpu_s": 2.0 * grader.batches}
+    assert f"beside it {2 * grader.batches} s of CPU time in grading workers" in evaluation_grid(row).text()
     validate(row)
 
 
@@ -158,6 +164,14 @@ def timeless(row):
     return {name: value for name, value in row.items() if name not in ("ledger", "environment")}
 
 
+def test_a_row_without_newer_fields_is_still_a_row(tmp_path, tiny_tokenizer):
+    _, row, *_ = measured(tmp_path, tiny_tokenizer, plan())
+    assert row.pop("weights_sha256") == {"model": None}, "a scripted engine has no weights"
+    del row["ledger"]["overlapped"]
+    assert validate(row).ledger.overlapped is None
+    evaluation_grid(row)
+
+
 @pytest.mark.parametrize("fails_at", [1, 25, 60, 90])
 def test_an_evaluation_that_broke_off_ends_as_the_whole_one_and_its_time_counts(tmp_path, tiny_tokenizer, fails_at):
     options = plan(greedy=True)
@@ -170,11 +184,13 @@ def test_an_evaluation_that_broke_off_ends_as_the_whole_one_and_its_time_counts(
         for each in reversed(kept[1:]):  # problems came in in another order, and one of them not whole
             file.write(json.dumps(each) + "\n")
         file.write('{"set": "easy", "id": "e0", "sam')  # cut off in the middle of a line
-    _, resumed, again, _, after = measured(tmp_path, tiny_tokenizer, options, "cut")
+    graded = json.loads((cut.path / "ledger.json").read_text())["overlapped"]["grading_cpu_s"]
+    _, resumed, again, grader, after = measured(tmp_path, tiny_tokenizer, options, "cut")
     assert timeless(resumed) == timeless(row)
     assert (cut.path / "samples.jsonl").read_bytes() == (whole.path / "samples.jsonl").read_bytes()
     assert again.calls < backend.calls or not kept
     assert resumed["ledger"]["wall_s"] == before.now + after.now  # both sessions
+    assert resumed["ledger"]["overlapped"]["grading_cpu_s"] == graded + 2.0 * grader.batches
     assert not (cut.path / "ledger.json").exists()
 
 
