@@ -80,7 +80,7 @@ def parse_run(argv: Sequence[str]) -> tuple[RunConfig, Path | None, bool]:
         SystemExit: --help.
     """
     first = argparse.ArgumentParser(prog="rlzoo run", add_help=False, allow_abbrev=False, exit_on_error=False)
-    for name in ("config", "preset", "algo", *PLUGGABLE, "out"):
+    for name in ("config", "preset", "algo", *PLUGGABLE, "backend", "out"):
         first.add_argument(f"--{name}")
     first.add_argument("--resume", action="store_true")
     try:
@@ -103,8 +103,12 @@ def parse_run(argv: Sequence[str]) -> tuple[RunConfig, Path | None, bool]:
     if chosen.resume:  # before the options, which are those of the parts
         kept.refuse_change(chosen_names(layers[:1]), chosen_names(layers) | choice)
     base = build(layers, choice)
-    config = base.with_sections(_parse_flags(base, flags))
+    config = base.with_sections(_parse_flags(base, [*_backend_flag(chosen), *flags]))
     return config, Path(chosen.out) if chosen.out else None, chosen.resume
+
+
+def _backend_flag(chosen: argparse.Namespace) -> list[str]:
+    return ["--backend.kind", chosen.backend] if chosen.backend else []
 
 
 def _parse_flags(base: RunConfig, flags: Sequence[str]) -> dict[str, Any]:
@@ -114,9 +118,11 @@ def _parse_flags(base: RunConfig, flags: Sequence[str]) -> dict[str, Any]:
     choices = (
         f"Before these: --algo {'|'.join(registry.names('algorithm'))}  --config FILE.toml  --preset {'|'.join(presets()) or 'NAME'}  "
         f"--sampler {'|'.join(registry.names('sampler'))}  --credit {'|'.join(registry.names('credit'))}  "
-        f"--loss {'|'.join(registry.names('loss'))}  --out FOLDER  --resume"
+        f"--loss {'|'.join(registry.names('loss'))}  --backend KIND (short for --backend.kind)  --out FOLDER  --resume"
     )
     parsed, unknown = _parse(schema, "rlzoo run", flags, default=schema(), description=choices, return_unknown_args=True)
+    if unknown and unknown[0].startswith("--backend-url"):
+        raise ValueError("--backend-url goes with rlzoo eval: a server cannot take over weights, so training needs an engine of its own")
     if unknown:
         raise ValueError(f"unknown option {unknown[0]!r}; {_alike(unknown[0], base)}")
     return {name: getattr(parsed, name) for name, _, _ in fields}
@@ -220,6 +226,7 @@ def parse_eval(argv: Sequence[str]) -> tuple[EvalConfig, Path | None, bool]:
     from .evaluation.options import EvalConfig
 
     first = argparse.ArgumentParser(prog="rlzoo eval", add_help=False, allow_abbrev=False, exit_on_error=False)
+    first.add_argument("--backend")
     first.add_argument("--out")
     first.add_argument("--resume", action="store_true")
     try:
@@ -233,7 +240,7 @@ def parse_eval(argv: Sequence[str]) -> tuple[EvalConfig, Path | None, bool]:
         kept = RunFolder.open(chosen.out)
         base = EvalConfig.from_dict(kept.config(), str(kept.path / "config.toml"))
     description = "Also: --out FOLDER  --resume. Or: rlzoo eval --from-outputs FILE... [--json] [--out FOLDER], for recorded outputs"
-    config = _parse(EvalConfig, "rlzoo eval", flags, default=base, description=description)
+    config = _parse(EvalConfig, "rlzoo eval", [*_backend_flag(chosen), *flags], default=base, description=description)
     return config, Path(chosen.out) if chosen.out else None, chosen.resume
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -15,6 +16,7 @@ import cattrs
 
 from . import registry
 from .algorithm import PARTS, Algorithm
+from .losses.correction import CorrectionOptions
 
 PLUGGABLE = ("sampler", "credit", "loss")  # parts that can be exchanged for another by name
 NONE = "none"  # how a file says that an optional option has no value: TOML has no word for it
@@ -25,7 +27,7 @@ class BackendOptions:
     """The engine that samples."""
 
     kind: str = "auto"
-    """auto picks what is installed and fits; torch is always there."""
+    """torch, vllm, or auto: vllm on a GPU where it is installed and fits, else torch."""
     capacity: int = 256
     """Paths decoded at once."""
     dtype: Literal["float32", "float64", "bfloat16"] = "float32"
@@ -36,9 +38,19 @@ class BackendOptions:
     """CPU threads; 0 uses all cores."""
     max_context: int = 0
     """Longest prompt + response in tokens; 0 takes the model's own limit."""
+    memory: float = 0.4
+    """Share of the GPU's memory for vLLM."""
+    sleep: bool = False
+    """vLLM gives that memory back during updates."""
+    timeout_s: float = 45.0
+    """Longest wait for an answer of vLLM, seconds; a run whose engine hangs ends after it and can be resumed."""
 
     def __post_init__(self) -> None:
         _at_least("backend", self, capacity=1, threads=0, max_context=0)
+        if not 0 < self.memory <= 1:
+            raise ValueError(f"backend.memory is {self.memory}; allowed is 0 < memory <= 1")
+        if not 0 < self.timeout_s < float("inf"):
+            raise ValueError(f"backend.timeout_s is {self.timeout_s}; it must be a positive number of seconds")
 
 
 @dataclass(frozen=True)
@@ -116,10 +128,13 @@ class RunConfig:
     reward: str = "math"
     """math, or package.module:function taking [(problem, response text)] and returning verdicts or numbers."""
     seed: int = 0
+    max_mismatch_kl: float = 0.0
+    """The run stops before the update of a step in which KL(sampler || trainer) is larger; 0 allows any."""
     trackers: tuple[str, ...] = ("tensorboard",)
     """tensorboard, wandb, trackio, mlflow; none for none."""
     backend: BackendOptions = field(default_factory=BackendOptions)
     update: UpdateOptions = field(default_factory=UpdateOptions)
+    correction: CorrectionOptions = field(default_factory=CorrectionOptions)
     evaluation: EvaluationOptions = field(default_factory=EvaluationOptions)
     checkpoints: CheckpointOptions = field(default_factory=CheckpointOptions)
 
@@ -127,6 +142,8 @@ class RunConfig:
         for name in ("seed", "max_prompt_tokens"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 0")
+        if not 0 <= self.max_mismatch_kl < math.inf:
+            raise ValueError(f"max_mismatch_kl is {self.max_mismatch_kl}; it must be finite, at least 0 (0 allows any)")
 
     def sections(self) -> dict[str, Any]:
         """Every option by section, the algorithm's parts beside the others: what flags and TOML see."""

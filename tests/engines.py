@@ -57,6 +57,22 @@ class Engine:
     model: Any
     tolerance: float
     exact: bool
+    hottest: float = 50.0  # temperature
+
+
+VLLM_SHAPE = {"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1}  # its kernels want heads of 32
+
+
+def vllm_engine(model: Any, tokenizer: Any, at_end: Callable[[Callable[[], None]], None]) -> Engine:
+    """vLLM on CPU in float32; what `make` made is closed at the end."""
+    from rlzoo.backends.vllm import VllmBackend
+
+    def make(capacity: int = 8, **options: Any) -> VllmBackend:
+        made = VllmBackend(model, tokenizer, capacity=capacity, **options)
+        at_end(made.close)
+        return made
+
+    return Engine(make, model, 1e-4, False, hottest=2.0)
 
 
 def with_ends(model: Any) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from ..tree import Float32, Float64, Int32, Stop, Tree
 
@@ -83,14 +83,25 @@ class BackendStats:
     """Counters since the backend was made.
 
     forwarded_tokens: non-pad tokens sent through the model; recomputed_tokens: those among them that had been computed
-    before and were evicted; padded_tokens: batch positions paid for beyond them; steps: model calls.
+    before and were evicted; cached_tokens: context tokens of requests that were found instead of computed; padded_tokens: batch
+    positions paid for beyond them; steps: model calls. What an engine does not count is 0.
     """
 
     sampled_tokens: int = 0
     forwarded_tokens: int = 0
     recomputed_tokens: int = 0
+    cached_tokens: int = 0
     padded_tokens: int = 0
     steps: int = 0
+
+
+class TraceRow(NamedTuple):
+    """One step: its number, the paths it advanced, and the request ids that ended in it and that got a row in it."""
+
+    step: int
+    active: int
+    finished: tuple[int, ...]
+    admitted: tuple[int, ...]
 
 
 class Backend(Protocol):
@@ -122,6 +133,9 @@ class Backend(Protocol):
             RuntimeError: requests are in flight.
             ValueError: names or shapes differ from the engine's own.
         """
+
+    def rest(self) -> None:
+        """Nothing will be sampled before the next `load_weights`: memory may be given back for an update. Nothing is in flight."""
 
     def score(self, trees: Sequence[Tree], params: SamplingParams | None = None) -> list[Float32 | Float64]:
         """Teacher-forced log-probs of every token under `params`, float32 (float64 from a float64 model) [tokens] per tree;

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,20 +17,18 @@ from .protocol import SamplingParams
 _TOKENS = 8192  # padded tokens forwarded at once
 
 
-def score_trees(
-    model: Any, trees: Sequence[Tree], params: SamplingParams, forbidden: Tensor, device: torch.device, pad: int
-) -> list[Float32 | Float64]:
-    """Log-probs [tokens] per tree, NaN for the prompt; float64 from a float64 model, else float32.
+ScoreRows = Callable[[Sequence[Int32], Sequence[int]], Sequence[Float64]]
+"""(sequences of ids, prompt length of each) -> response log-probs of each; the first token's come from the prompt's last position."""
 
-    `forbidden` ids have no probability. Padding is on the right, so real tokens see only their own path.
-    """
-    exact = model.dtype == torch.float64
+
+def score_trees(trees: Sequence[Tree], score_rows: ScoreRows, *, exact: bool) -> list[Float32 | Float64]:
+    """Log-probs [tokens] per tree, NaN for the prompt; float64 if `exact`, else float32."""
     out = [np.full(len(tree.tokens), np.nan) for tree in trees]
     rows = [(i, end) for i, tree in enumerate(trees) for end in _ends(tree)]
     rows.sort(key=lambda row: int(trees[row[0]].starts[row[1]] + trees[row[0]].lengths[row[1]]))
     for batch in _batches(trees, rows):
         sequences = [np.concatenate([trees[i].prompt, trees[i].path_tokens(end)]) for i, end in batch]
-        values = _score_rows(model, sequences, [len(trees[i].prompt) for i, _ in batch], params, forbidden, device, pad)
+        values = score_rows(sequences, [len(trees[i].prompt) for i, _ in batch])
         for (i, end), scores in zip(batch, values, strict=True):
             tree = trees[i]
             for node in tree.path(end):
@@ -58,16 +56,19 @@ def _batches(trees: Sequence[Tree], rows: Sequence[tuple[int, int]]) -> Iterator
         yield batch
 
 
-def _score_rows(
+def forward_rows(
     model: Any,
-    sequences: Sequence[Int32],
-    prompts: Sequence[int],
     params: SamplingParams,
     forbidden: Tensor,
     device: torch.device,
     pad: int,
+    sequences: Sequence[Int32],
+    prompts: Sequence[int],
 ) -> list[Float64]:
-    """Response log-probs of each sequence; the first token's come from the prompt's last position."""
+    """A `ScoreRows` by a forward pass of `model`, once the first five arguments are bound.
+
+    `forbidden` ids have no probability. Padding is on the right, so real tokens see only their own path.
+    """
     parts = [torch.from_numpy(s.astype(np.int64)) for s in sequences]
     ids = torch.nn.utils.rnn.pad_sequence(parts, batch_first=True, padding_value=pad).to(device)
     mask = causal_mask(ids.shape[1], 0, model.dtype, device)

@@ -125,6 +125,8 @@ class ScriptedBackend:
         self.weights, self.version = given, version
         return Receipt(version, len(given), sum(v.nbytes for v in given.values()), time.perf_counter() - begun)
 
+    def rest(self) -> None: ...
+
     def score(self, trees: Sequence[Tree], params: SamplingParams | None = None) -> list[Float32 | Float64]:
         scores: list[Float32 | Float64] = []
         for tree in trees:

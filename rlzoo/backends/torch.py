@@ -11,7 +11,8 @@ import inspect
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,23 +21,14 @@ from torch import Tensor
 from ..tree import Float32, Float64, Int32, Stop, Tree
 from .drawing import Filters, draw, end_ids, forbidden_ids, uniforms
 from .kvcache import ATTENTION, Key, Prefix, PrefixStore, Recorder, Rows, causal_mask
-from .protocol import BackendStats, Receipt, SamplingParams, SegmentRequest, SegmentResult
+from .protocol import BackendStats, Receipt, SamplingParams, SegmentRequest, SegmentResult, TraceRow
 from .rowstate import RowState
-from .scoring import score_trees
+from .scoring import forward_rows, score_trees
 from .waiting import Group, Known, Waiting
 from .weights import check_full_attention, context_length, copy_weights, floating_type
 
 _PREFILL_TOKENS = 8192  # padded prompt tokens forwarded at once
 _PREFILL_LOGITS = 1 << 28  # logits computed at once for them, at most: each prompt's at every prompt's last position
-
-
-class TraceRow(NamedTuple):
-    """One step: its number, the paths it advanced, and the request ids that ended in it and that got a row in it."""
-
-    step: int
-    active: int
-    finished: tuple[int, ...]
-    admitted: tuple[int, ...]
 
 
 @dataclass(slots=True)
@@ -390,6 +382,10 @@ class TorchBackend:
         self.version = version
         return Receipt(version, tensors, size, time.perf_counter() - begun)
 
+    def rest(self) -> None:
+        """Forget every prefix; see the protocol."""
+        self._reset()
+
     def stale_weights(self, named_parameters: Iterable[tuple[str, Tensor]]) -> list[str]:
         """Names of the given weights that are not what the engine computes with (after rounding to its own type)."""
         own = dict(self.model.named_parameters(remove_duplicate=False))
@@ -404,4 +400,5 @@ class TorchBackend:
     @torch.inference_mode()
     def score(self, trees: Sequence[Tree], params: SamplingParams | None = None) -> list[Float32 | Float64]:
         """Teacher-forced log-probs of every token; see the protocol."""
-        return score_trees(self.model, trees, params or SamplingParams(), self.forbidden, self.device, self._pad)
+        rows = partial(forward_rows, self.model, params or SamplingParams(), self.forbidden, self.device, self._pad)
+        return score_trees(trees, rows, exact=self.model.dtype == torch.float64)

@@ -1,45 +1,53 @@
-"""What the torch engine asks of a model, and how it takes over weights."""
+"""What engines ask of a model, and how they take over weights."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 
-def copy_weights(model: Any, named: Iterable[tuple[str, Tensor]]) -> tuple[int, int]:
-    """Copy `named` weights into `model` in place; returns how many tensors and bytes were copied.
+def match_weights(own: Mapping[str, Tensor], named: Iterable[tuple[str, Tensor]]) -> list[tuple[str, Tensor]]:
+    """`named` as (name, value), each tensor of `own` once under the first name it is given by.
 
-    Tied weights may be given under any or all of their names. Nothing is copied unless everything fits.
+    `own` holds the engine's tensors by name, a tied one under each of its names; tied weights may be given under any or all.
 
     Raises:
         ValueError: a name is unknown or missing, a shape differs, or tied weights are given with different values.
     """
-    own = dict(model.named_parameters(remove_duplicate=False))
-    given: dict[str, Tensor] = {}
-    source: dict[int, tuple[str, Tensor]] = {}  # own tensor -> what it becomes
+    matched: dict[int, tuple[str, Tensor]] = {}  # own tensor -> what it becomes
     for name, value in named:
         if name not in own:
             raise ValueError(f"weight {name!r} is not in the engine's model")
         if own[name].shape != value.shape:
             raise ValueError(f"weight {name!r} has shape {tuple(value.shape)}, the engine's has {tuple(own[name].shape)}")
-        first = source.setdefault(id(own[name]), (name, value))
+        first = matched.setdefault(id(own[name]), (name, value))
         if first[1] is not value and not torch.equal(first[1].detach(), value.detach()):
             raise ValueError(f"weights {first[0]!r} and {name!r} differ, but the engine's model ties them")
-        given[name] = value
-    missing = sorted(name for name, tensor in own.items() if id(tensor) not in source)
+    missing = sorted(name for name, tensor in own.items() if id(tensor) not in matched)
     if missing:
         raise ValueError(f"{len(missing)} weights are missing, first {missing[0]!r}")
+    return [(name, value.detach()) for name, value in matched.values()]
+
+
+def copy_weights(model: Any, named: Iterable[tuple[str, Tensor]]) -> tuple[int, int]:
+    """Copy `named` weights into `model` in place; returns how many tensors and bytes were copied.
+
+    Nothing is copied unless everything fits.
+
+    Raises:
+        ValueError: see `match_weights`.
+    """
+    own = dict(model.named_parameters(remove_duplicate=False))
     tensors = size = 0
-    by_id = {id(t): t for t in own.values()}
     with torch.no_grad():
-        for key, (_, value) in source.items():
-            target = by_id[key]
+        for name, value in match_weights(own, named):
+            target = own[name]
             if target.data_ptr() == value.data_ptr():
                 continue  # the engine shares the trainer's own tensor
-            target.copy_(value.detach())
+            target.copy_(value)
             tensors, size = tensors + 1, size + target.nbytes
     return tensors, size
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Protocol
 
 import numpy as np
@@ -48,6 +48,21 @@ class Credit:
                 raise ValueError(f"node {int(n)} has more than one advantage in row {int(r)}")
             view[leaf, n] = a
         return view
+
+    def without_rows(self, cut: NDArray[np.bool_]) -> Credit:
+        """The credit without the rows where `cut` (bool [rows]), the others numbered anew in their order."""
+        number = np.cumsum(~cut) - 1
+        terms = ~cut[self.row]
+        return replace(
+            self,
+            row=number[self.row[terms]].astype(np.int32),
+            node=self.node[terms],
+            start=self.start[terms],
+            stop=self.stop[terms],
+            advantage=self.advantage[terms],
+            row_leaf=self.row_leaf[~cut],
+            row_weight=self.row_weight[~cut],
+        )
 
     @classmethod
     def empty(cls, tree: Tree) -> Credit:

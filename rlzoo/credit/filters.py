@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -45,17 +45,4 @@ def _without_truncated(tree: Tree, credit: Credit) -> Credit:
     last = np.zeros(len(credit.row_leaf), np.int32)
     np.maximum.at(last, credit.row, credit.node)  # parents precede children, so the deepest node of a row is the largest
     cut = np.isin(tree.stop[last], [int(s) for s in TRUNCATED]) & np.isin(last, tree.leaves)
-    if not cut.any():
-        return credit
-    number = np.cumsum(~cut) - 1
-    terms = ~cut[credit.row]
-    return replace(
-        credit,
-        row=number[credit.row[terms]].astype(np.int32),
-        node=credit.node[terms],
-        start=credit.start[terms],
-        stop=credit.stop[terms],
-        advantage=credit.advantage[terms],
-        row_leaf=credit.row_leaf[~cut],
-        row_weight=credit.row_weight[~cut],
-    )
+    return credit.without_rows(cut) if cut.any() else credit

@@ -9,10 +9,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..credit.base import Credit
-from ..tree import Float32, Float64, Int64, Tree
+from ..tree import Float64, Int64, Tree
 from .policy import Aggregation
 
 Bool = NDArray[np.bool_]
+Floats = NDArray[np.floating]
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,6 +24,10 @@ class TokenWeights:
     a_pos: Float64
     a_neg: Float64
     weight: Float64
+
+    def scaled(self, factor: Float64) -> TokenWeights:
+        """Each token's sums times `factor` [tokens]: what every row that holds the token shares."""
+        return TokenWeights(self.a_pos * factor, self.a_neg * factor, self.weight * factor)
 
 
 @dataclass(frozen=True)
@@ -39,7 +44,7 @@ class Counts:
 
 
 @dataclass(frozen=True, eq=False)
-class _Terms:
+class Terms:
     """Terms written out per token, all [terms]: token (index into the tree), row, advantage; `tokens_of_row` [rows]."""
 
     token: Int64
@@ -49,10 +54,10 @@ class _Terms:
     dropped: int
 
 
-def count_terms(trees: Sequence[Tree], credits: Sequence[Credit], old_logprobs: Sequence[Float32] | None = None) -> Counts:
+def count_terms(trees: Sequence[Tree], credits: Sequence[Credit], old_logprobs: Sequence[Floats] | None = None) -> Counts:
     """The denominators of these trees. `old_logprobs` ([tokens] per tree) default to the sampler's."""
     total = Counts(0, 0)
-    for terms in _write_out_all(trees, credits, old_logprobs):
+    for terms in write_out(trees, credits, old_logprobs):
         total += _count(terms)
     return total
 
@@ -63,7 +68,7 @@ def aggregate(
     aggregation: Aggregation,
     *,
     constant_tokens: int | None = None,
-    old_logprobs: Sequence[Float32] | None = None,
+    old_logprobs: Sequence[Floats] | None = None,
     counts: Counts | None = None,
 ) -> tuple[list[TokenWeights], Counts]:
     """The weights of every unique token. One (row, token) term weighs
@@ -80,7 +85,7 @@ def aggregate(
     Raises:
         ValueError: a credit does not fit its tree.
     """
-    written = _write_out_all(trees, credits, old_logprobs)
+    written = write_out(trees, credits, old_logprobs)
     if counts is None:
         counts = Counts(0, 0)
         for terms in written:
@@ -103,7 +108,7 @@ def _sum(token: Int64, values: Float64, size: int) -> Float64:
     return np.bincount(token, values, size).astype(np.float64)
 
 
-def _denominators(terms: _Terms, aggregation: Aggregation, constant_tokens: int | None, counts: Counts) -> Float64:
+def _denominators(terms: Terms, aggregation: Aggregation, constant_tokens: int | None, counts: Counts) -> Float64:
     if aggregation == "token_mean":
         return np.full(len(terms.token), float(counts.terms))
     if aggregation == "sequence_mean":
@@ -113,18 +118,23 @@ def _denominators(terms: _Terms, aggregation: Aggregation, constant_tokens: int 
     return np.full(len(terms.token), float(counts.rows * constant_tokens))
 
 
-def _count(terms: _Terms) -> Counts:
+def _count(terms: Terms) -> Counts:
     return Counts(int((terms.tokens_of_row > 0).sum()), len(terms.token), terms.dropped)
 
 
-def _write_out_all(trees: Sequence[Tree], credits: Sequence[Credit], old_logprobs: Sequence[Float32] | None) -> list[_Terms]:
+def write_out(trees: Sequence[Tree], credits: Sequence[Credit], old_logprobs: Sequence[Floats] | None) -> list[Terms]:
+    """Every (row, token) term of each tree, without those whose old log-prob (the sampler's by default) is not finite.
+
+    Raises:
+        ValueError: a credit does not fit its tree.
+    """
     if len(trees) != len(credits):
         raise ValueError(f"{len(trees)} trees but {len(credits)} credits")
     old = [t.logprobs for t in trees] if old_logprobs is None else old_logprobs
     return [_write_out(i, t, c, np.isfinite(o)) for i, (t, c, o) in enumerate(zip(trees, credits, old, strict=True))]
 
 
-def _write_out(index: int, tree: Tree, credit: Credit, finite: Bool) -> _Terms:
+def _write_out(index: int, tree: Tree, credit: Credit, finite: Bool) -> Terms:
     _check(index, tree, credit)
     lengths = (credit.stop - credit.start).astype(np.int64)
     first = tree.offsets[credit.node] + credit.start
@@ -138,7 +148,7 @@ def _write_out(index: int, tree: Tree, credit: Credit, finite: Bool) -> _Terms:
     known = finite[token]
     dropped = int((~known).sum())
     token, row, advantage = token[known], row[known], advantage[known]
-    return _Terms(token, row, advantage, np.bincount(row, minlength=len(credit.row_leaf)), dropped)
+    return Terms(token, row, advantage, np.bincount(row, minlength=len(credit.row_leaf)), dropped)
 
 
 def _check(index: int, tree: Tree, credit: Credit) -> None:

@@ -25,6 +25,7 @@ from ..data.templates import fitting, render
 from ..errors import one_line
 from ..evaluation.rows import result_row
 from ..evaluation.testsets import answers_checksum
+from ..losses.correction import MismatchError
 from ..report.progress import Progress
 from ..report.tables import Cost, FinalTable, final_table, print_table
 from ..rewards.reward import open_reward
@@ -35,17 +36,15 @@ from ..store.files import locked, taken_back
 from ..store.runs import RunFolder
 from ..store.trackers import check_trackers, open_trackers
 from ..store.trees import TreeRecord, write_trees
-from . import checkpoint, sync
+from . import checkpoint
 from .collect import Batch, Collector, GradedTree, describe
 from .exactness import exactness
 from .interrupts import Interrupts
 from .measure import Measurer, final_suite
 from .models import LoadedModel, load_model, weights_sha256
 from .optim import make_optimizer, make_scheduler
+from .sync import TOLERANCE, Sync
 from .update import NonFiniteError, score, update
-
-PROVE_EVERY = 20  # steps between proofs that the engine holds the trainer's weights; each costs one small batch
-PROOF_TOLERANCE = {"float64": 1e-9, "float32": 1e-3, "bfloat16": 0.5}  # largest log-prob deviation that rounding explains
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +135,8 @@ class Trainer:
             self.algorithm, self.backend, self.reward, self.stream, template=config.template, seed=config.seed, ledger=self.ledger
         )
         self.dev, _ = self._fitting(dev, "dev", config.evaluation.max_response_tokens, config.max_prompt_tokens)
-        self.measurer = Measurer(config, suite, self.backend, self.reward, self.ledger, folder, self.progress)
+        self.sync = Sync(self.backend, self._probes(), TOLERANCE[config.backend.dtype], config.seed)
+        self.measurer = Measurer(config, suite, self.backend, self.sync, self.reward, self.ledger, folder, self.progress)
         for name, testset in suite.items():
             self._fitting(testset, name, config.evaluation.max_response_tokens, 0)
         self.layout = self._layout(longest)
@@ -192,7 +192,7 @@ class Trainer:
         self.sampled_tokens, self.token_budget = state["sampled_tokens"], state["token_budget"]
         self.scheduler.load_state_dict(state["scheduler"])
         self.ledger.resume(state["ledger"])
-        sync.sync(self.backend, self.model, self.step)
+        self.sync(self.model, self.step)
         return True
 
     def train(self, interrupts: Interrupts) -> None:
@@ -228,18 +228,19 @@ class Trainer:
         return spent([*self.folder.metrics(), row])[schedule.limit] >= schedule.budget
 
     def _guarded_step(self) -> dict[str, float]:
-        """A step. If its first update is not finite, nothing of it has been applied, and the state before it is saved before the
-        run ends; if a later one is not, the last regular checkpoint is the newest state that a run can go on from."""
+        """A step. If its first update is refused (not finite, or sampler and trainer too far apart), nothing of it has been applied,
+        and the state before it is saved before the run ends; if a later one is, the last regular checkpoint is the newest state
+        that a run can go on from."""
         cursor, updates = self.stream.cursor, self.scheduler.last_epoch
         try:
             return self._one_step()
-        except NonFiniteError as error:
+        except (NonFiniteError, MismatchError) as error:
             if self.step > 0 and self.scheduler.last_epoch == updates:
                 self.stream.cursor = cursor
                 self._save()
             found = checkpoint.steps(self.folder.checkpoints)
             where = f"the newest checkpoint is step {found[-1]} in {self.folder.checkpoints}" if found else "there is no checkpoint yet"
-            raise NonFiniteError(f"step {self.step + 1}: {error}; {where}") from error
+            raise type(error)(f"step {self.step + 1}: {error}; {where}") from error
 
     def _one_step(self) -> dict[str, float]:
         started, before = time.perf_counter(), self.ledger.seconds()
@@ -277,6 +278,7 @@ class Trainer:
             "autocast_dtype": torch.bfloat16 if options.autocast else None,
             "message": self.progress.note,
         }
+        self.backend.rest()
         if self.reference is not None:
             with self.ledger.phase("scoring"):
                 scores = score(self.reference, trees, **computation)
@@ -292,18 +294,17 @@ class Trainer:
                 max_grad_norm=self.algorithm.optim.max_grad_norm,
                 mini_batches=self.algorithm.schedule.mini_batches,
                 epochs=self.algorithm.schedule.epochs,
+                correction=self.config.correction,
+                max_mismatch_kl=self.config.max_mismatch_kl,
                 **computation,
             )
         self.token_budget = int(metrics["token_budget"])  # smaller for good once memory ran out
         with self.ledger.phase("sync"):
-            sync.sync(self.backend, self.model, self.step + 1)
-            if self.step % PROVE_EVERY == 0:
-                sync.prove(
-                    self.backend, self.model, self._probe(), tolerance=PROOF_TOLERANCE[self.config.backend.dtype], seed=self.config.seed
-                )
-        return {f"update/{name}": value for name, value in metrics.items()}
+            proof = self.sync(self.model, self.step + 1)
+        row = {name if "/" in name else f"update/{name}": value for name, value in metrics.items()}
+        return row | {"sync/probe_gap": proof.largest}
 
-    def _probe(self) -> list[list[int]]:
+    def _probes(self) -> list[list[int]]:
         """The same few prompts each time, so that a stale prefix cache would show."""
         problems = [problem for _, problem in ProblemStream(self.stream.problems, seed=0).take(4)]
         return [render(self.config.template, p, self.backend.tokenizer) for p in problems]

@@ -17,8 +17,8 @@ from ..rewards.math import GraderConfig, grader_name
 from ..rewards.reward import Reward
 from ..store.cost import Ledger
 from ..store.runs import RunFolder, read_rows
-from . import sync
 from .models import load_model
+from .sync import Sync
 
 NONE = "none"
 SEED = 20_000  # evaluation draws its own numbers, the same ones for every run, so that runs are compared on equal terms
@@ -46,9 +46,17 @@ class Measurer:
     """Evaluates through the run's own backend and grader; the time goes to the ledger's `evaluation`."""
 
     def __init__(
-        self, config: RunConfig, suite: Problems, backend: Backend, reward: Reward, ledger: Ledger, folder: RunFolder, progress: Progress
+        self,
+        config: RunConfig,
+        suite: Problems,
+        backend: Backend,
+        sync: Sync,
+        reward: Reward,
+        ledger: Ledger,
+        folder: RunFolder,
+        progress: Progress,
     ) -> None:
-        self._config, self._backend, self._reward = config, backend, reward
+        self._config, self._backend, self._sync, self._reward = config, backend, sync, reward
         self._ledger, self._folder, self._progress = ledger, folder, progress
         self.suite = suite
 
@@ -98,13 +106,17 @@ class Measurer:
         if not self.suite:
             return {}
         self._progress.note(f"measuring the trained model on {self._config.evaluation.suite} (k = {self._config.evaluation.k})")
-        sync.sync(self._backend, model, version=-1)
+        self._take_over(model, -1)
         trained = self._evaluate(self.suite, k=self._config.evaluation.k, greedy=True, name="trained")
         self._progress.note("measuring the base model")
         options = self._config.backend
-        sync.sync(self._backend, load_model(self._config.model, dtype=options.dtype, device=options.device).model, version=-2)
+        self._take_over(load_model(self._config.model, dtype=options.dtype, device=options.device).model, -2)
         base = self._evaluate(self.suite, k=self._config.evaluation.k, greedy=True, name="base")
         return {"base": base, "trained": trained}
+
+    def _take_over(self, model: Any, version: int) -> None:
+        with self._ledger.phase("sync"):
+            self._sync(model, version)
 
     def _evaluate(self, suite: Mapping[str, Sequence[Problem]], *, k: int, greedy: bool, name: str | None) -> dict[str, SetResult]:
         settings: dict[str, Any] = {

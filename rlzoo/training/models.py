@@ -36,6 +36,36 @@ def resolve(name: str) -> str:
     return str(files("rlzoo").joinpath("assets", "tiny")) if name == EMBEDDED else name
 
 
+@dataclass(frozen=True, slots=True)
+class Described:
+    """All of a model but its weights: tokenizer, config and generation config (None: it has none)."""
+
+    tokenizer: Any
+    config: Any
+    generation_config: Any
+
+
+def describe_model(name: str) -> Described:
+    """Load what a model's folder or hub page says of it, without the weights, which may be missing.
+
+    Raises:
+        ValueError: no such model, no tokenizer there, or no config.
+    """
+    from transformers import AutoConfig, GenerationConfig
+
+    source = resolve(name)
+    tokenizer = load_tokenizer(name)
+    try:
+        config = AutoConfig.from_pretrained(source)
+    except Exception as error:  # of many kinds, as for the tokenizer
+        raise ValueError(f"model {name!r}: no usable config ({_first_line(error)})") from error
+    try:
+        generation = GenerationConfig.from_pretrained(source)
+    except OSError:
+        generation = None
+    return Described(tokenizer, config, generation)
+
+
 def weights_sha256(name: str) -> str | None:
     """SHA-256 of a model's safetensors file (what `sha256sum` prints), of several that of the lines "SHA-256  NAME" in the order of
     their names. None where there is no such file here: another format, or a model that is somewhere else. `name` as for `load_model`;

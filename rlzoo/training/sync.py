@@ -1,8 +1,8 @@
-"""Bring the trainer's weights into the engine, and prove that the engine samples with them.
+"""Bring the trainer's weights into the engine, and prove each time that the engine samples with them.
 
 The proof goes the way of every rollout: it samples, and compares the log-probs that come back with a teacher-forced pass of
 the trainer's module. Its prompts and their ids are the same each time on purpose, so that an engine that kept a prefix
-computed with older weights would use it, and be found out.
+computed with older weights would use it, and be found out; they are long enough to fill a block of a block-wise cache.
 """
 
 from __future__ import annotations
@@ -19,6 +19,10 @@ from ..backends.drawing import forbidden_ids, log_probs
 from ..backends.protocol import Backend, Receipt, SamplingParams, SegmentRequest, SegmentResult
 from ..sampling.grow import next_request_id
 from ..sampling.seeds import mix
+from ..tree import Int32
+
+TOLERANCE = {"float64": 1e-9, "float32": 1e-3, "bfloat16": 0.5}  # largest log-prob deviation that rounding explains
+PROBE_TOKENS = 72  # least length of a probe prompt: two blocks of a prefix cache and a bit
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +34,25 @@ class SyncProof:
     mean: float
     tolerance: float
     seconds: float
+
+
+@dataclass(frozen=True, eq=False)
+class Sync:
+    """Brings weights over and proves it, every time. `probes`: prompts as token ids; `tolerance`: see TOLERANCE."""
+
+    backend: Backend
+    probes: Sequence[Sequence[int]]
+    tolerance: float
+    seed: int
+
+    def __call__(self, model: Any, version: int) -> SyncProof:
+        """Give the engine the weights of `model`.
+
+        Raises:
+            RuntimeError: the engine does not sample with them; see `prove`.
+        """
+        sync(self.backend, model, version)
+        return prove(self.backend, model, self.probes, tolerance=self.tolerance, seed=self.seed)
 
 
 def sync(backend: Backend, model: torch.nn.Module, version: int) -> Receipt:
@@ -59,8 +82,9 @@ def prove(
     if not probe_prompts:
         raise ValueError("a sync proof needs at least one probe prompt")
     begun = time.perf_counter()
+    longest = backend.max_context - max_tokens
     requests = [
-        SegmentRequest(next_request_id(), -1 - i, np.asarray(prompt, np.int32), max_tokens, mix(seed, "probe", i, k))
+        SegmentRequest(next_request_id(), -1 - i, _lengthened(prompt, longest), max_tokens, mix(seed, "probe", i, k))
         for i, prompt in enumerate(probe_prompts)
         for k in range(siblings)
     ]
@@ -76,6 +100,12 @@ def prove(
             f"{proof.largest:.3g}, allowed is {tolerance:g}; {_suspect(stale)}"
         )
     return proof
+
+
+def _lengthened(prompt: Sequence[int], longest: int) -> Int32:
+    """The prompt, repeated to PROBE_TOKENS if it is shorter and the engine takes so many."""
+    length = min(max(len(prompt), PROBE_TOKENS), longest)
+    return np.resize(np.asarray(prompt, np.int32), length)
 
 
 def _sample(backend: Backend, requests: Sequence[SegmentRequest]) -> dict[int, SegmentResult]:

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,15 +16,16 @@ from torch import nn
 
 from ..credit.base import Credit
 from ..losses.aggregate import Counts, TokenWeights, aggregate
+from ..losses.correction import Corrected, CorrectionOptions, correct, log_ratios, mismatch, refuse_drift
 from ..losses.policy import PolicyLoss, TokenBatch
-from ..tree import ROOT, Float32, Float64, Tree
+from ..tree import ROOT, Float32, Float64, Int64, Tree
 from .forward import Head, autocast, forward_of, pack_logprobs
 from .packing import Bool, Pack, PackStats, pack
 from .rows import Layout
 
 log = logging.getLogger(__name__)
 
-OldLogprobs = Literal["sampler", "recomputed"]
+NO_CORRECTION = CorrectionOptions()
 MIN_TOKEN_BUDGET = 256
 DEFAULT_TOKEN_BUDGET = 8192  # on a CPU, larger packs fall out of its caches: 16384 took 8 % longer on a 0.8 M model
 
@@ -49,9 +50,11 @@ class ForwardOptions:
 @dataclass(frozen=True, eq=False)
 class Gradients:
     """What one pass over a mini-batch gave, beside the gradients left in the parameters. Per trained token of every pack,
-    concatenated: `log_ratio` (policy / old), `share`, `entropy`, `ref_gap` (ref - policy) and signs of the advantages."""
+    concatenated: `target` (index into the concatenated tokens of the trees), `log_ratio` (policy / old), `share`, `entropy`,
+    `ref_gap` (ref - policy) and signs of the advantages."""
 
     loss: float
+    target: Int64
     log_ratio: Float64
     share: Float64
     helped: Bool
@@ -102,6 +105,7 @@ def gradients(
     empty = np.zeros(0)
     return Gradients(
         loss=total,
+        target=np.concatenate([p.target for p in packs]) if packs else np.zeros(0, np.int64),
         log_ratio=empty if columns[0] is None else columns[0].astype(np.float64),
         share=share,
         helped=empty.astype(bool) if columns[1] is None else columns[1],
@@ -128,7 +132,8 @@ def update(
     vocab_size: int | None = None,
     token_budget: int = DEFAULT_TOKEN_BUDGET,
     layout: Layout = "packed",
-    old_logprobs: OldLogprobs = "sampler",
+    correction: CorrectionOptions = NO_CORRECTION,
+    max_mismatch_kl: float = 0.0,
     autocast_dtype: torch.dtype | None = None,
     entropy: bool = False,
     max_grad_norm: float | None = 1.0,
@@ -140,16 +145,19 @@ def update(
     """Take `mini_batches` · `epochs` optimiser steps on the credited trees and return what happened.
 
     Trees without a trained token are set aside; the others are cut, in the order given, into `mini_batches` runs of nearly
-    equal numbers of trees, the same in every epoch. `old_logprobs`: the sampler's, or a forward pass made before the first
-    step. Out of memory halves the token budget, says so through `message` and repeats the mini-batch from zeroed gradients;
-    the budget left is returned as `token_budget`.
+    equal numbers of trees, the same in every epoch. `correction`: which old log-probs, and what is done where sampler and trainer
+    differ; `max_mismatch_kl`: how far they may (k3; 0: any). Out of memory halves the token budget, says so through `message` and
+    repeats the mini-batch from zeroed gradients; the budget left is returned as `token_budget`.
 
     Returns means over optimiser steps: loss, grad_norm, ratio_mean, ratio_p99, log_ratio_max, clip_low_fraction,
     clip_high_fraction (of trained tokens), kl_old (k1), kl_old_k3, kl_ref (if there is a reference), entropy (on request);
-    and sums over them: updates, dropped_terms and the fields of PackStats. `updates` is 0 where nothing could be trained.
+    and sums over them: updates, dropped_terms and the fields of PackStats. `updates` is 0 where nothing could be trained. Before
+    the first of them: mismatch/ and the keys of `losses.correction.mismatch`, each unique trained token once, over all mini-batches
+    where the trainer's log-probs were computed beforehand and over the first otherwise; masked_rows and truncated_tokens.
 
     Raises:
         NonFiniteError: a loss or gradient norm is not finite; the weights are as after the last step.
+        MismatchError: sampler and trainer are further apart than `max_mismatch_kl`; the weights are as before.
         ValueError: credits do not fit the trees, reference log-probs are missing, options out of range.
         torch.OutOfMemoryError or RuntimeError: out of memory at the smallest token budget.
     """
@@ -159,8 +167,8 @@ def update(
     if len(trees) != len(credits):
         raise ValueError(f"{len(trees)} trees but {len(credits)} credits")
     head, was_training = Head.of(model), model.training
-    old = _old_logprobs(model, trees, credits, old_logprobs, options)
-    everything, counts = aggregate(trees, credits, "token_mean", old_logprobs=old)
+    old, corrected, measured = _before(model, trees, credits, correction, max_mismatch_kl, options)
+    everything, counts = aggregate(trees, corrected.credits, "token_mean", old_logprobs=old)
     if counts.dropped and not counts.terms:
         raise ValueError(f"none of the {counts.dropped} credited tokens has a finite old log-prob; the sampler must record them")
     live = [i for i, w in enumerate(everything) if w.weight.any()]
@@ -174,17 +182,24 @@ def update(
                     continue
                 where = f"mini-batch {number + 1} of {mini_batches}, epoch {epoch + 1} of {epochs}"
                 some, some_old = [trees[i] for i in part], [old[i] for i in part]
+                some_credits = [corrected.credits[i] for i in part]
                 weights, counts = aggregate(
-                    some, [credits[i] for i in part], loss.aggregation, constant_tokens=loss.constant_tokens, old_logprobs=some_old
+                    some, some_credits, loss.aggregation, constant_tokens=loss.constant_tokens, old_logprobs=some_old
                 )
+                if corrected.importance is not None:
+                    weights = [w.scaled(corrected.importance[i]) for w, i in zip(weights, part, strict=True)]
                 result, options = _with_retry(model, optimizer, some, weights, some_old, loss, options, head, message)
+                if measured is None:  # old are the sampler's log-probs, and no update has been made yet
+                    measured = mismatch(_once(result))
+                    refuse_drift(measured, max_mismatch_kl)
                 norm = _step(result.loss, parameters, optimizer, max_grad_norm, where)
                 if scheduler is not None:
                     scheduler.step()
                 steps.append(_metrics(result, loss, counts) | {"grad_norm": norm})
     finally:
         model.train(was_training)
-    return _summary(steps) | {"token_budget": float(options.token_budget)}
+    report = (measured or {}) | {"masked_rows": float(corrected.masked_rows), "truncated_tokens": float(corrected.truncated_tokens)}
+    return _summary(steps) | {"token_budget": float(options.token_budget)} | {f"mismatch/{k}": v for k, v in report.items()}
 
 
 def score(
@@ -224,13 +239,18 @@ def score(
     return [flat[a:b] for a, b in pairwise(bounds)]
 
 
-def _old_logprobs(
-    model: nn.Module, trees: Sequence[Tree], credits: Sequence[Credit], source: OldLogprobs, options: ForwardOptions
-) -> list[Float32]:
-    if source == "sampler":
-        return [t.logprobs for t in trees]
-    if source != "recomputed":
-        raise ValueError(f"old_logprobs is {source!r}; allowed are 'sampler' and 'recomputed'")
+def _before(
+    model: nn.Module,
+    trees: Sequence[Tree],
+    credits: Sequence[Credit],
+    correction: CorrectionOptions,
+    max_mismatch_kl: float,
+    options: ForwardOptions,
+) -> tuple[list[Float32], Corrected, dict[str, float] | None]:
+    """Old log-probs, correction and, if the trainer's log-probs had to be computed for them, the mismatch."""
+    sampled = [t.logprobs for t in trees]
+    if not correction.scored:
+        return sampled, Corrected(credits), None
     known = [np.zeros(len(t.tokens), np.float32) for t in trees]  # nothing is dropped before it is computed
     wanted = [w.weight > 0 for w in aggregate(trees, credits, "token_mean", old_logprobs=known)[0]]
     scores = score(
@@ -246,7 +266,18 @@ def _old_logprobs(
     bad = sum(int((~np.isfinite(s[w])).sum()) for s, w in zip(scores, wanted, strict=True))
     if bad:
         raise NonFiniteError(f"{bad} recomputed old log-probs are not finite: the weights are broken; no step was taken on them")
-    return scores
+    log_ratio = log_ratios(trees, scores)
+    measured = mismatch(np.concatenate([np.zeros(0), *(x[np.isfinite(x)] for x in log_ratio)]))  # scores are NaN but for `wanted`
+    refuse_drift(measured, max_mismatch_kl)
+    old = scores if correction.old_logprobs == "recomputed" else sampled
+    if correction.active:  # a token that cannot be corrected is dropped like one without an old log-prob
+        old = [np.where(np.isnan(x), np.float32(np.nan), o) for x, o in zip(log_ratio, old, strict=True)]
+    return old, correct(trees, credits, log_ratio, correction), measured
+
+
+def _once(result: Gradients) -> Float64:
+    """Log ratios with each unique token once: unrolled rows repeat them."""
+    return result.log_ratio[np.unique(result.target, return_index=True)[1]]
 
 
 def _with_retry(

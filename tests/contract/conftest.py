@@ -9,10 +9,10 @@ import torch
 
 from rlzoo.backends.scripted import ScriptedBackend
 from rlzoo.backends.torch import TorchBackend
-from tests.engines import EOS, Bigram, Engine, with_ends
+from tests.engines import EOS, VLLM_SHAPE, Bigram, Engine, vllm_engine, with_ends
 
 
-@pytest.fixture(params=["torch-float64", "torch-float32", "scripted"])
+@pytest.fixture(params=["torch-float64", "torch-float32", "scripted", pytest.param("vllm", marks=pytest.mark.vllm)])
 def engine(request: pytest.FixtureRequest, tiny_model: Any, tiny_tokenizer: Any) -> Engine:
     if request.param == "scripted":
         model = Bigram()
@@ -21,6 +21,8 @@ def engine(request: pytest.FixtureRequest, tiny_model: Any, tiny_tokenizer: Any)
             return ScriptedBackend(tiny_tokenizer, capacity=capacity, vocabulary=272, eos_ids=EOS, max_context=512)
 
         return Engine(make_scripted, model, 1e-9, True)
+    if request.param == "vllm":
+        return vllm_engine(with_ends(tiny_model(**VLLM_SHAPE)), tiny_tokenizer, request.addfinalizer)
     dtype = torch.float64 if request.param == "torch-float64" else torch.float32
     model = with_ends(tiny_model(dtype))
 
@@ -28,6 +30,11 @@ def engine(request: pytest.FixtureRequest, tiny_model: Any, tiny_tokenizer: Any)
         return TorchBackend(model, tiny_tokenizer, capacity=capacity, **options)
 
     return Engine(make, model, 1e-9 if dtype == torch.float64 else 1e-4, dtype == torch.float64)
+
+
+@pytest.fixture
+def vllm32(request: pytest.FixtureRequest, tiny_model: Any, tiny_tokenizer: Any) -> Engine:
+    return vllm_engine(with_ends(tiny_model(**VLLM_SHAPE)), tiny_tokenizer, request.addfinalizer)
 
 
 @pytest.fixture

@@ -85,8 +85,9 @@ def test_machinery_imports_no_algorithm():
 
 def test_vllm_is_imported_in_one_place():
     for path in sources("rlzoo", "algorithms"):
-        if path != ROOT / "rlzoo/backends/vllm.py":
+        if path != ROOT / "rlzoo/backends/vllm_engine.py":
             assert not any(name.split(".")[0] == "vllm" for name in imports(path)), path
+        assert not any(name.startswith("rlzoo.backends.vllm_engine") for name in imports(path, top_level=True)), path
 
 
 @pytest.mark.parametrize(

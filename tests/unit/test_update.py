@@ -11,6 +11,7 @@ from transformers import Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHead
 import rlzoo.training.update as update_module
 from rlzoo.credit.base import Credit, path_rows
 from rlzoo.losses.aggregate import aggregate
+from rlzoo.losses.correction import CorrectionOptions
 from rlzoo.losses.policy import PolicyLoss
 from rlzoo.training.exactness import exactness
 from rlzoo.training.forward import Head
@@ -18,6 +19,8 @@ from rlzoo.training.optim import Optim, make_optimizer, make_scheduler
 from rlzoo.training.update import ForwardOptions, NonFiniteError, gradients, score, update
 from rlzoo.tree import Segment, Tree
 from tests.reference import VOCAB, Options, path_logprobs, random_credit, random_tree, reference_gradients, tiny_model
+
+RECOMPUTED = CorrectionOptions(old_logprobs="recomputed")
 
 
 def a_batch(model, seed=0, trees=4, **changes):
@@ -55,7 +58,7 @@ def test_good_answers_grow_likelier_and_bad_ones_rarer():
             [path_rows(tree, [0, 1], [1.0, -1.0])],
             PolicyLoss(),
             vocab_size=VOCAB,
-            old_logprobs="recomputed",
+            correction=RECOMPUTED,
         )
     (after,) = score(model, [tree], vocab_size=VOCAB)
     assert (after - before)[3:5].sum() > 0.05
@@ -66,7 +69,7 @@ def test_steps_metrics_and_restored_mode(batch):
     model = tiny_model().eval()
     optimizer = make_optimizer(model, Optim(lr=1e-3))
     scheduler = make_scheduler(optimizer, Optim(warmup_steps=10), 20)
-    options = {"mini_batches": 2, "epochs": 3, "old_logprobs": "recomputed", "entropy": True, "scheduler": scheduler}
+    options = {"mini_batches": 2, "epochs": 3, "correction": RECOMPUTED, "entropy": True, "scheduler": scheduler}
     metrics = update(model, optimizer, *batch, PolicyLoss(kl_coef=0.1), vocab_size=VOCAB, **options)
     assert metrics["updates"] == 6 and scheduler.last_epoch == 6
     assert not model.training
@@ -78,7 +81,7 @@ def test_steps_metrics_and_restored_mode(batch):
 
 
 def test_recomputed_old_logprobs_make_the_first_step_on_policy(batch):
-    _, metrics = run(*batch, old_logprobs="recomputed")
+    _, metrics = run(*batch, correction=RECOMPUTED)
     assert metrics["ratio_mean"] == pytest.approx(1, abs=1e-6) and metrics["log_ratio_max"] < 1e-6
     assert metrics["clip_low_fraction"] == metrics["clip_high_fraction"] == 0
     _, sampler = run(*batch)
@@ -141,9 +144,9 @@ def test_broken_weights_are_named_and_not_trained_on(batch):
     with torch.no_grad():
         next(model.parameters())[0, 0] = torch.nan
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    for source in ("sampler", "recomputed"):
+    for correction in (CorrectionOptions(), RECOMPUTED):
         with pytest.raises(NonFiniteError):
-            update(model, optimizer, *batch, PolicyLoss(), vocab_size=VOCAB, old_logprobs=source)
+            update(model, optimizer, *batch, PolicyLoss(), vocab_size=VOCAB, correction=correction, max_mismatch_kl=1e-3)
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: not enough memory")])
@@ -180,7 +183,6 @@ def test_errors_that_a_smaller_budget_cannot_cure_go_up(batch, error, monkeypatc
     ("options", "message"),
     [
         ({"mini_batches": 0}, "mini_batches is 0"),
-        ({"old_logprobs": "guessed"}, "old_logprobs is 'guessed'"),
         ({"temperature": 0.0}, "temperature is 0"),
     ],
 )
