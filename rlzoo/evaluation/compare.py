@@ -12,7 +12,7 @@ import numpy as np
 
 from ..config import read_toml
 from ..report.grid import Grid
-from ..report.plots import AXES, curves, points
+from ..report.plots import AXES, curves, frontiers, points
 from ..report.text import count, percent
 from ..report.text import points as signed
 from ..store.cost import spent
@@ -20,31 +20,36 @@ from ..store.files import write_aside
 from ..store.runs import to_json
 from .arms import TRAINED, Member, as_arm, group, parse_arms, read_member, refuse_mixture
 from .comparison import FEW_SEEDS, Arm, Comparison, compare_all
-from .curves import Curve, Reach, cost_to_reach
+from .curves import Curve, Reach, cost_to_reach, leaders
 from .plan import Match, Plan, run_plan
 from .stats import Estimate, stratified_mean, t_mean
 
 OVERALL = "overall"
+SHARES = (0.25, 0.5, 0.75, 1.0)  # of the cost up to which all arms go, in the table of the frontier
 SHORT = 0.98  # of the budget: an arm whose runs ended below was not matched
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Compared:
     """Everything that is told of a comparison. `pass_at_1` by arm, then by set and overall; `costs` by arm, then by kind over seeds;
-    `reach` by cost, then by arm."""
+    `reach` by cost, then by arm; `best` by cost and arm as `report.plots.frontiers`."""
 
     arms: Mapping[str, Sequence[Member]]
     pass_at_1: Mapping[str, Mapping[str, Estimate]]
     costs: Mapping[str, Mapping[str, Estimate]]
     pairs: Sequence[Comparison]
     reach: Mapping[str, Mapping[str, Reach]]
+    best: Mapping[str, Mapping[str, Mapping[str, Any]]]
     notes: Sequence[str]
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain data: shares, not points; `curves` are those of the report, by arm, data, measure and axis."""
+        """Plain data: shares, not points; `curves` are those of the report, by arm, data, measure and axis. `frontier`: per cost the
+        points that no arm reaches for less; each arm's own are with the arm."""
+        found = {cost: self._leaders(cost) for cost in self.best}
         return {
             "arms": {name: self._arm(name) for name in self.arms},
             "pairs": [pair.as_dict() for pair in self.pairs],
+            "frontier": {cost: [{"cost": x, "pass_at_1": y, "arm": arm} for x, y, arm in points] for cost, points in found.items()},
             "notes": list(self.notes),
         }
 
@@ -62,6 +67,7 @@ class Compared:
             "costs": {kind: e.as_dict() for kind, e in self.costs[name].items()},
             "reach": {cost: {"target": r.target, "costs": list(r.costs), "said": r.sentence(cost)} for cost, r in reached.items()},
             "curves": lines,
+            "frontier": {cost: by_arm[name] for cost, by_arm in self.best.items() if name in by_arm},
         }
 
     def grids(self) -> list[Grid]:
@@ -75,7 +81,26 @@ class Compared:
             told = [f"{length:.1f}", count(costs[0]), count(costs[1]), f"{costs[2]:.4f}"]
             rows.append([arm, str(len(members)), *[percent(self.pass_at_1[arm][name]) for name in names], *told])
         about = "Pass@1: t intervals over training seeds (over problems where there is one seed); costs are means over seeds, of training"
-        return [Grid("Arms", head, rows, [about, *self.notes]), self._differences()]
+        found = [Grid("Arms", head, rows, [about, *self.notes]), self._differences()]
+        return [*found, self._frontier()] if self.best else found
+
+    def _leaders(self, cost: str) -> list[tuple[float, float, str]]:
+        return leaders({arm: (own["x"], own["y"]) for arm, own in self.best[cost].items()})
+
+    def _frontier(self) -> Grid:
+        rows, notes = [], ["the best dev Pass@1 so far, of the mean over seeds; what chance does to it is not told here"]
+        for cost, by_arm in self.best.items():
+            within = min(own["end"] for own in by_arm.values())
+            for share in SHARES:
+                shown = [
+                    f"{100 * max(y for x, y in zip(own['x'], own['y'], strict=True) if x <= share * within):.1f}" for own in by_arm.values()
+                ]
+                rows.append([cost, f"{share * within:.4g}" if share * within < 10 else count(share * within), *shown])
+            found = self._leaders(cost)
+            firsts = [(x, arm) for i, (x, _, arm) in enumerate(found) if not i or arm != found[i - 1][2]]
+            if firsts:
+                notes.append(f"most for its {cost}: " + ", ".join(f"{arm} from {x:.3g}" for x, arm in firsts))
+        return Grid("Frontier", ["cost", "at most", *(f"{arm}, %" for arm in self.arms)], rows, notes)
 
     def _differences(self) -> Grid:
         head = ["pair", "set", "difference, points [95 %]", "p", "p after Holm", "detectable, points"]
@@ -114,6 +139,7 @@ def compare_members(
         {name: {kind: t_mean([c[kind] for c in own], floor=0.0) for kind in kinds} for name, own in costs.items()},
         compare_all(scored, weights=weights),
         _reach(arms, reach),
+        _best(arms),
         notes,
     )
 
@@ -140,6 +166,12 @@ def _reach(arms: Mapping[str, Sequence[Member]], target: float | None) -> dict[s
         unit: {name: cost_to_reach([Curve.of(x, y) for x, y in axes[i]], target) for name, axes in lines.items()}
         for i, unit in enumerate(AXES)
     }
+
+
+def _best(arms: Mapping[str, Sequence[Member]]) -> dict[str, dict[str, Any]]:
+    own = {name: frontiers([m.run for m in members]) for name, members in arms.items()}
+    found = {cost: {name: by_arm[arm] for name, axes in own.items() for by_arm in [axes[cost]] for arm in by_arm} for cost in AXES}
+    return found if all(len(by_arm) == len(arms) for by_arm in found.values()) else {}  # a run without dev measurements has none
 
 
 def compare_runs(
@@ -180,7 +212,7 @@ def compare_arms(
     if match == "device-hours" and jobs > 1:
         notes.append("one run at a time, as device-hours are matched")
     for name, own in members.items():
-        least = min(m.row.steps or 0 if match == "steps" else spent(m.run.rows)[match] for m in own)
+        least = min(spent(m.run.rows)[match] for m in own)
         if least < SHORT * used:
             notes.append(f"not matched: a run of {name} ended its steps at {least:g}; give the arm more steps ({name}@steps=N)")
     return _tell(compare_members(members, allow=allow, reach=reach, notes=notes), out, as_json)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -104,6 +104,26 @@ def cost_to_reach(curves: Sequence[Curve], target: float, level: float = 0.95) -
     costs = tuple(curve.cost_to(target) for curve in curves)
     estimate = t_mean(costs, level, floor=0.0) if all(map(math.isfinite, costs)) else None
     return Reach(target, costs, tuple(float(curve.costs[-1]) for curve in curves), estimate)
+
+
+def frontier(costs: ArrayLike, values: ArrayLike) -> tuple[Float64, Float64]:
+    """The points [points] of a curve that are higher than every cheaper one: from each on, its value is the best reached for the cost,
+    until the next. The costs must not fall. Noise raises it, as it raises every best of many measurements."""
+    x, y = np.asarray(costs, np.float64), np.asarray(values, np.float64)
+    higher = y > np.concatenate([[-np.inf], np.maximum.accumulate(y)[:-1]]) if len(y) else np.zeros(0, bool)
+    return x[higher], y[higher]
+
+
+def leaders(curves: Mapping[str, tuple[ArrayLike, ArrayLike]]) -> list[tuple[float, float, str]]:
+    """The accuracy-per-cost frontier over arms: (cost, value, arm) of every point that no point of any arm reaches at the same cost or
+    less (of equal ones the first arm's), beginning above what costs nothing."""
+    found = [(float(x), float(y), arm) for arm, (xs, ys) in curves.items() for x, y in zip(np.ravel(xs), np.ravel(ys), strict=True)]
+    best, kept = max((y for x, y, _ in found if x <= 0), default=-math.inf), []
+    for x, y, arm in sorted(found, key=lambda point: (point[0], -point[1])):
+        if y > best:
+            best = y
+            kept.append((x, y, arm))
+    return kept
 
 
 def mean_height(curves: Sequence[Curve], low: float, high: float, level: float = 0.95) -> Estimate:

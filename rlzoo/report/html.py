@@ -14,13 +14,13 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from ..store.cost import PHASES
+from ..store.cost import PHASES, spent
 from ..store.files import write_aside
 from ..store.runs import RunFolder
 from ..store.trees import StoredTree, read_trees
 from ..tree import Tree
 from .counterfactual import Judges
-from .plots import RunData, arms, curves, ledger, lengths
+from .plots import RunData, arms, curves, frontiers, ledger, lengths
 from .tables import FinalTable, Line, both, caption
 from .text import count, percent, points
 from .treedata import Decode, Pieces, Texts, tree_data
@@ -165,6 +165,7 @@ def _page(runs: Sequence[RunData], sampled: Sampled, viewer: Mapping[str, Any]) 
     data = {
         "arms": {arm: [run.label for run in members] for arm, members in arms(runs).items()},
         "curves": curves(runs),
+        "frontiers": frontiers(runs),
         "outcomes": [o for run in runs if (o := _outcome(run)) is not None],
         "lengths": lengths(runs, sampled),
         "ledgers": hours,
@@ -204,8 +205,7 @@ def _runs_table(runs: Sequence[RunData]) -> tuple[list[str], list[list[str]]]:
         half = dev[-1].get("dev/half_width") if dev else None
         last = run.rows[-1] if run.rows else {}
         planned = run.config.get("schedule", {}).get("steps", "?")
-        hours = max((float(r.get("device_hours") or 0) for r in run.rows), default=0.0)
-        tokens = max((float(r.get("total_sampled_tokens") or 0) for r in run.rows), default=0.0)
+        cost = spent(run.rows)
         rows.append(
             [
                 run.label,
@@ -215,8 +215,8 @@ def _runs_table(runs: Sequence[RunData]) -> tuple[list[str], list[list[str]]]:
                 f"{last.get('step', 0)} of {planned}",
                 _change([100 * row["dev/pass_at_1"] for row in dev]) + (f" ± {100 * half:.1f}" if half is not None else ""),
                 _change([row["dev/length"] for row in dev if row.get("dev/length") is not None]),
-                count(tokens),
-                f"{hours:.3f}",
+                count(cost["tokens"]),
+                f"{cost['device-hours']:.3f}",
                 "finished" if run.summary is not None else "not finished",
             ]
         )
@@ -247,7 +247,8 @@ def _outcome(run: RunData) -> dict[str, Any] | None:
     if found is None or found[2].cost is None or run.summary is None:
         return None
     _, base, trained = found
-    cost = {"steps": run.summary["steps"], "sampled tokens": found[2].cost.sampled_tokens, "device-hours": found[2].cost.device_hours}
+    cost = {"steps": run.summary["steps"], "sampled tokens": found[2].cost.sampled_tokens}
+    cost |= {"trained tokens": spent(run.rows)["trained-tokens"], "device-hours": found[2].cost.device_hours}
     estimate = trained.pass_at_1
     return {"run": run.label, "cost": cost, "base": base.pass_at_1.mean} | {n: getattr(estimate, n) for n in ("mean", "low", "high")}
 

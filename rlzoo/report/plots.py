@@ -10,13 +10,14 @@ from typing import Any
 
 import numpy as np
 
-from ..store.cost import PHASES
+from ..evaluation.curves import frontier
+from ..store.cost import PHASES, totals
 from ..store.runs import RunFolder, read_rows
 from ..store.trees import StoredTree
 from ..tree import Float64
 
-AXES = {"steps": "step", "sampled tokens": "total_sampled_tokens", "device-hours": "device_hours"}
-"""What a curve may run along, and the column of metrics.jsonl that holds it; before the first step all are 0."""
+AXES = {"steps": "steps", "sampled tokens": "tokens", "trained tokens": "trained-tokens", "device-hours": "device-hours"}
+"""What a curve may run along, and its name in `rlzoo.store.cost.totals`; before the first step all are 0."""
 INDIFFERENT = ("seed", "backend", "trackers", "checkpoints")
 """Sections and keys of a config that two runs of one arm may differ in; of the backend its dtype may not."""
 
@@ -64,31 +65,46 @@ def curves(runs: Sequence[RunData]) -> dict[str, Any]:
     columns = {"dev": {"pass_at_1": "dev/pass_at_1", "length": "dev/length"}, "training": {"pass_at_1": "pass_at_1", "length": "length"}}
     return {
         data: {
-            measure: {axis: {arm: _arm(members, column, source) for arm, members in arms(runs).items()} for axis, source in AXES.items()}
+            measure: {axis: {arm: _arm(members, column, cost) for arm, members in arms(runs).items()} for axis, cost in AXES.items()}
             for measure, column in measures.items()
         }
         for data, measures in columns.items()
     }
 
 
-def _arm(members: Sequence[RunData], column: str, axis: str) -> dict[str, Any]:
-    lines = [line for run in members if len((line := points(run.rows, column, axis))[0])]
+def frontiers(runs: Sequence[RunData]) -> dict[str, dict[str, Any]]:
+    """The most accuracy for its cost, per axis and arm: at each of the costs `x` the mean over its runs of the dev Pass@1 rises above all
+    before, to `y`; `end` is the cost up to which all its runs go. An arm without dev measurements has none."""
+    found: dict[str, dict[str, Any]] = {}
+    for axis, cost in AXES.items():
+        found[axis] = {}
+        for arm, members in arms(runs).items():
+            lines = [points(run.rows, "dev/pass_at_1", cost) for run in members]
+            if all(len(x) for x, _ in lines):
+                x, _, mean, _ = seed_band(lines)
+                found[axis][arm] = dict(zip("xy", map(_thin, frontier(x, mean)), strict=True)) | {"end": float(x[-1])}
+    return found
+
+
+def _arm(members: Sequence[RunData], column: str, cost: str) -> dict[str, Any]:
+    lines = [line for run in members if len((line := points(run.rows, column, cost))[0])]
     drawn: dict[str, Any] = {"lines": [{"x": _thin(x), "y": _thin(y)} for x, y in lines], "seeds": len(lines), "band": None}
     if len(lines) > 1:
         x, low, mean, high = seed_band(lines)
         drawn["band"] = {"x": _thin(x), "low": _thin(low), "mean": _thin(mean), "high": _thin(high)} if len(x) else None
     elif lines and column == "dev/pass_at_1":
-        x, half = points(members[0].rows, "dev/half_width", axis)
+        x, half = points(members[0].rows, "dev/half_width", cost)
         y = lines[0][1]
         if len(x) == len(y):
             drawn["band"] = {"x": _thin(x), "low": _thin(np.maximum(y - half, 0)), "high": _thin(np.minimum(y + half, 1))}
     return drawn
 
 
-def points(rows: Sequence[Mapping[str, Any]], column: str, axis: str) -> tuple[Float64, Float64]:
-    """Where a column of the metrics has a value: positions on the axis and values, float64 [points] each."""
-    found = [(float(r.get(axis) or 0.0), float(r[column])) for r in rows if r.get(column) is not None]
-    return np.array([x for x, _ in found], np.float64), np.array([y for _, y in found], np.float64)
+def points(rows: Sequence[Mapping[str, Any]], column: str, cost: str) -> tuple[Float64, Float64]:
+    """Where a column of the metrics has a value: costs so far (see `AXES`), rising, and values, float64 [points] each. Of several values
+    at one cost, as between steps that train on nothing, the last counts."""
+    found = {total[cost]: float(row[column]) for row, total in zip(rows, totals(rows), strict=True) if row.get(column) is not None}
+    return np.array(list(found), np.float64), np.array(list(found.values()), np.float64)
 
 
 def seed_band(lines: Sequence[tuple[Float64, Float64]]) -> tuple[Float64, Float64, Float64, Float64]:

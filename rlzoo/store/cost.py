@@ -12,15 +12,25 @@ PHASES = ("sampling", "grading", "credit", "scoring", "update", "sync", "evaluat
 """`other` is the time that no phase claimed."""
 
 
+def totals(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, float]]:
+    """What training has cost up to and including each row of metrics.jsonl: "steps", sampled "tokens", "trained-tokens" (of the updates'
+    rows, each pass counts), and "device-hours", dev evaluations before it included."""
+    found: list[dict[str, float]] = []
+    cost = dict.fromkeys(("steps", "tokens", "trained-tokens", "device-hours"), 0.0)
+    for row in rows:
+        cost = {
+            "steps": max(cost["steps"], float(row.get("step") or 0)),
+            "tokens": cost["tokens"] + float(row.get("sampled_tokens") or 0),
+            "trained-tokens": cost["trained-tokens"] + float(row.get("update/trained") or 0),
+            "device-hours": max(cost["device-hours"], float(row.get("device_hours") or 0)),
+        }
+        found.append(cost)
+    return found
+
+
 def spent(rows: Iterable[Mapping[str, Any]]) -> dict[str, float]:
-    """What training has cost by rows of metrics.jsonl: sampled "tokens", "trained-tokens" (of the updates' rows, each pass counts), and
-    "device-hours" up to the last step, dev evaluations before it included."""
-    rows = list(rows)
-    return {
-        "tokens": sum(float(row.get("sampled_tokens") or 0) for row in rows),
-        "trained-tokens": sum(float(row.get("update/trained") or 0) for row in rows),
-        "device-hours": max((float(row.get("device_hours") or 0) for row in rows), default=0.0),
-    }
+    """The last of `totals`; 0 each without a row."""
+    return totals([{}, *rows])[-1]
 
 
 def open_ledger(device: str) -> Ledger:

@@ -63,7 +63,8 @@ def report(tmp_path_factory):
             row = {
                 "pass_at_1": 0.3 * step,
                 "length": 20.0,
-                "total_sampled_tokens": 99 * step,
+                "sampled_tokens": 99,
+                "update/trained": 60.0,
                 "device_hours": 0.1 * step,
                 "seconds/update": 9,
             }
@@ -115,7 +116,8 @@ def test_everything_is_drawn(page):
     assert page.value("document.querySelectorAll('#curve-plots path.line').length") == 2 * len(registry.names("algorithm"))
     assert page.value("document.querySelectorAll('.whisker').length") == len(registry.names("algorithm"))
     assert page.value("document.querySelector('.frontier').getAttribute('d').match(/[ML]/g).join('')") == "MLL"  # base and two of three
-    for axis in ("sampled tokens", "device-hours"):
+    assert page.value("document.querySelectorAll('#curve-plots path.best').length") == len(registry.names("algorithm"))
+    for axis in ("steps", "trained tokens", "device-hours", "sampled tokens"):
         press_button(page, axis)
         assert page.value("document.querySelector('#curve-plots .axis-name').textContent") == axis
     press_button(page, "training")

@@ -13,7 +13,7 @@ from rlzoo.evaluation.plan import Plan, run_plan
 from rlzoo.evaluation.rows import Protocol, describe_sets, result_row
 from rlzoo.evaluation.runner import SetResult
 from rlzoo.evaluation.suites import find_suite
-from rlzoo.store.cost import Ledger, spent
+from rlzoo.store.cost import Ledger, spent, totals
 from rlzoo.store.environment import environment
 from rlzoo.store.runs import RunFolder
 
@@ -88,6 +88,44 @@ def test_finished_runs_are_grouped_compared_and_written(tmp_path, capsys):
     assert pair["verdict"] in page and "detectable" in page and "dev Pass@1 of 60.0 % reached at 250 sampled tokens" in page
     curve = printed["arms"]["grpo"]["curves"]["dev"]["pass_at_1"]["sampled tokens"]
     assert curve["seeds"] == 3 and curve["lines"][0] == {"x": [0, 250], "y": [0.2, 0.6]}
+    ends = {"steps": 2, "sampled tokens": 250, "trained tokens": 100, "device-hours": 1.0}
+    for measures in printed["arms"]["grpo"]["curves"].values():
+        assert all(set(axes) == set(ends) for axes in measures.values())
+    assert {cost: r["costs"] for cost, r in printed["arms"]["grpo"]["reach"].items()} == {cost: [end] * 3 for cost, end in ends.items()}
+    for cost, end in ends.items():
+        assert printed["arms"]["grpo"]["frontier"][cost] == {"x": [0, end], "y": [0.2, 0.6], "end": end}
+        assert printed["frontier"][cost] == [{"cost": end, "pass_at_1": 0.6, "arm": "grpo"}]
+    assert "most for its trained tokens: grpo from 100" in page
+
+
+def test_the_frontier_says_which_arm_gives_most_for_a_cost(tmp_path, capsys):
+    """One arm is at .4 after 100 tokens and falls, the other is at .5 after 200: by hand."""
+
+    def measured(name, algo, *rows):
+        path = tmp_path / name
+        make_run(path, algo, 0, 0.5)
+        lines = [{"step": i, "sampled_tokens": tokens, "device_hours": i, "dev/pass_at_1": p} for i, (tokens, p) in enumerate(rows)]
+        (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        return str(path)
+
+    first = measured("a", "grpo", (0, 0.2), (100, 0.4), (100, 0.3), (100, 0.35))
+    second = measured("b", "treerpo", (0, 0.2), (100, 0.3), (100, 0.5))
+    assert main(["compare", first, second, "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["arms"]["grpo"]["frontier"]["sampled tokens"] == {"x": [0, 100], "y": [0.2, 0.4], "end": 300}
+    assert told["frontier"]["sampled tokens"] == [
+        {"cost": 100, "pass_at_1": 0.4, "arm": "grpo"},
+        {"cost": 200, "pass_at_1": 0.5, "arm": "treerpo"},
+    ]
+    assert told["frontier"]["trained tokens"] == [], "nothing was trained on: one point at no cost, the last"
+    assert main(["compare", first, second]) == 0
+    said = capsys.readouterr().out
+    assert "most for its sampled tokens: grpo from 100, treerpo from 200" in said
+    cells = [line.split() for line in said.splitlines() if line.startswith("sampled tokens ")]
+    assert cells == [
+        ["sampled", "tokens", at, *best]
+        for at, best in (("50", ("20.0", "20.0")), ("100", ("40.0", "30.0")), ("150", ("40.0", "30.0")), ("200", ("40.0", "50.0")))
+    ]
 
 
 def test_equal_arms_have_no_winner_and_a_table_is_printed(tmp_path, capsys):
@@ -163,11 +201,13 @@ def test_a_budget_needs_a_kind_and_a_plan_what_it_can_do(tmp_path):
 
 def test_costs_are_summed_over_steps():
     rows = [
-        {"dev/length": 1.0},
-        {"sampled_tokens": 3, "update/trained": 2.0, "device_hours": 0.1},
-        {"sampled_tokens": 4, "device_hours": 0.3},
+        {"step": 0, "dev/length": 1.0},
+        {"step": 1, "sampled_tokens": 3, "update/trained": 2.0, "device_hours": 0.1},
+        {"step": 2, "sampled_tokens": 4, "device_hours": 0.3},
     ]
-    assert spent(rows) == {"tokens": 7, "trained-tokens": 2, "device-hours": 0.3}
+    assert spent(rows) == {"steps": 2, "tokens": 7, "trained-tokens": 2, "device-hours": 0.3}
+    assert [total["tokens"] for total in totals(rows)] == [0, 3, 7] and [total["trained-tokens"] for total in totals(rows)] == [0, 2, 2]
+    assert spent([]) == dict.fromkeys(("steps", "tokens", "trained-tokens", "device-hours"), 0)
 
 
 def test_without_a_budget_the_cheapest_arm_sets_it(tmp_path, monkeypatch):

@@ -2,9 +2,11 @@ import math
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from scipy import stats as scipy_stats
 
-from rlzoo.evaluation.curves import Curve, common_range, cost_to_reach, mean_height
+from rlzoo.evaluation.curves import Curve, common_range, cost_to_reach, frontier, leaders, mean_height
 
 RISING = Curve.of([0, 10, 20, 40], [0.1, 0.3, 0.2, 0.6])
 
@@ -41,6 +43,26 @@ def test_a_run_that_never_arrives_is_told_and_not_averaged_away():
     assert some.sentence("h") == "60.0 % reached by 1 of 2 runs, the first at 75 h; no mean, the others did not within 100 h"
     assert none.sentence("h") == "90.0 % not reached within 100 h by any of 2 runs"
     assert cost_to_reach(curves[1:], 0.4).sentence("h") == "40.0 % reached at 50 h (one run)"
+
+
+LINES = st.lists(st.tuples(st.floats(0, 9), st.floats(0, 1)), min_size=1, max_size=8).map(sorted)
+
+
+@given(LINES, st.floats(0, 10))
+def test_the_frontier_is_the_best_at_or_below_each_cost(line, cost):
+    x, y = frontier(*zip(*line, strict=True))
+    affordable = [value for at, value in line if at <= cost]
+    assert max((b for a, b in zip(x, y, strict=True) if a <= cost), default=None) == max(affordable, default=None)
+    assert (np.diff(y) > 0).all() and set(zip(x.tolist(), y.tolist(), strict=True)) <= set(line)
+
+
+@given(st.dictionaries(st.sampled_from("abc"), LINES, min_size=1))
+def test_leaders_are_the_points_that_no_other_beats(lines):
+    found = leaders({arm: tuple(zip(*line, strict=True)) for arm, line in lines.items()})
+    everything = [(x, y, arm) for arm, line in lines.items() for x, y in line]
+    free = max((y for x, y, _ in everything if x == 0), default=-1)
+    best = {(x, y) for x, y, _ in everything if y > free and not any((a <= x and b > y) or (a < x and b >= y) for a, b, _ in everything)}
+    assert [(x, y) for x, y, _ in found] == sorted(best) and set(found) <= set(everything)
 
 
 def test_mean_height_over_the_common_range():

@@ -13,7 +13,7 @@ from rlzoo.config import build
 from rlzoo.credit.base import Credit, path_rows
 from rlzoo.report.counterfactual import Judges
 from rlzoo.report.html import SCRIPTS, choose, write_report
-from rlzoo.report.plots import MOST_POINTS, RunData, arms, curves, ledger, lengths, points, seed_band
+from rlzoo.report.plots import MOST_POINTS, RunData, arms, curves, frontiers, ledger, lengths, points, seed_band
 from rlzoo.report.tables import Cost
 from rlzoo.report.treedata import Pieces, credit_pieces, tree_data
 from rlzoo.store.runs import RunFolder
@@ -47,7 +47,8 @@ def make_run(path, *, algo=ALGORITHMS[0], seed=0, trees=None, steps=(1, 2, 3), r
         write_trees(folder.trees_path(step), stored, credits, [record] * len(stored))
     folder.log({"step": 0, "dev/pass_at_1": 0.4, "dev/half_width": 0.1, "dev/length": 50.0})
     for step in steps:
-        row = {"step": step, "pass_at_1": 0.1 * step, "length": 10.0, "total_sampled_tokens": 100 * step, "device_hours": 0.5 * step}
+        row = {"step": step, "pass_at_1": 0.1 * step, "length": 10.0, "sampled_tokens": 100, "device_hours": 0.5 * step}
+        row["update/trained"] = 30.0 * (step > 1)
         folder.log(row | {"dev/pass_at_1": 0.4 + 0.1 * step, "dev/half_width": 0.1, "dev/length": 50.0 + step, "seconds/sampling": 900.0})
     if done:
         folder.write_summary(finished(len(steps), table))
@@ -368,6 +369,18 @@ def test_curves_and_bands(tmp_path):
     assert both["training"]["pass_at_1"]["device-hours"][ALGORITHMS[0]]["lines"][0]["x"] == [0.5, 1.0, 1.5]
 
 
+def test_trained_tokens_and_the_frontier_of_the_mean_over_seeds(tmp_path):
+    a, b = run_data(tmp_path / "a"), run_data(tmp_path / "b", seed=1)
+    line = curves([a])["dev"]["pass_at_1"]["trained tokens"][ALGORITHMS[0]]["lines"][0]
+    assert line == {"x": [0, 30, 60], "y": pytest.approx([0.5, 0.6, 0.7])}, "the first step trained on nothing: its value is the last at 0"
+    low = [row | ({"dev/pass_at_1": 0.0} if row["step"] == 2 else {}) for row in b.rows]
+    found = frontiers([a, RunData("b", b.folder, b.config, low, None)])
+    assert found["sampled tokens"] == {ALGORITHMS[0]: {"x": [0, 100, 300], "y": pytest.approx([0.4, 0.5, 0.7]), "end": 300}}
+    assert found["steps"][ALGORITHMS[0]]["x"] == [0, 1, 3] and found["device-hours"][ALGORITHMS[0]]["end"] == 1.5
+    never = RunData("n", a.folder, a.config, [{"step": 1, "pass_at_1": 0.5}], None)
+    assert frontiers([never]) == {axis: {} for axis in found}
+
+
 def test_band_over_seeds_by_hand():
     first, second = (np.array([0.0, 10.0]), np.array([0.0, 10.0])), (np.array([2.0, 4.0, 12.0]), np.array([8.0, 4.0, 4.0]))
     x, low, mean, high = seed_band([first, second])
@@ -381,7 +394,7 @@ def test_long_runs_are_thinned_but_keep_both_ends(tmp_path):
     many = RunData("a", run.folder, run.config, [{"step": s, "pass_at_1": 0.5, "length": float(s)} for s in range(1, 2001)], None)
     line = curves([many])["training"]["length"]["steps"][ALGORITHMS[0]]["lines"][0]
     assert len(line["x"]) <= MOST_POINTS and (line["x"][0], line["x"][-1]) == (1, 2000) and line["x"] == line["y"]
-    assert points([{"step": 1, "pass_at_1": None}], "pass_at_1", "step")[0].tolist() == []
+    assert points([{"step": 1, "pass_at_1": None}], "pass_at_1", "steps")[0].tolist() == []
 
 
 def test_lengths(tmp_path):

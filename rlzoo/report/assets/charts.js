@@ -98,6 +98,19 @@ function follow(f, traces, axis, shown) {
   });
 }
 
+/** Per arm the best so far for its cost: a step wherever it rises. */
+function drawFrontiers(f, perArm, axis) {
+  const all = Object.values(perArm);
+  axes(f, [0, Math.max(...all.map((a) => a.end)) || 1], range(all.flatMap((a) => a.y)), axis, count, (v) => `${Number((100 * v).toFixed(1))}`);
+  const traces = Object.entries(perArm).map(([arm, a]) => {
+    const i = Object.keys(DATA.arms).indexOf(arm);
+    const d = a.x.map((x, k) => (k ? `H${f.x(x).toFixed(1)}V${f.y(a.y[k]).toFixed(1)}` : path([x], [a.y[0]], f))).join("");
+    f.canvas.append(svg("path", { class: "best", d: `${d}H${f.x(a.end).toFixed(1)}`, stroke: armColor(i) }));
+    return { arm, i, x: a.x, y: a.y };
+  });
+  follow(f, traces, axis, (v) => `${Number((100 * v).toFixed(1))}`);
+}
+
 const dot = (i) => el("span", { class: "dot", style: { background: armColor(i) } });
 
 /** Accuracy of each finished run against what it cost, with its interval; the base stands at cost 0. The dashed line goes through
@@ -121,12 +134,13 @@ function startCurves() {
   const arms = Object.entries(DATA.arms);
   const armOf = Object.fromEntries(arms.flatMap(([, runs], i) => runs.map((r) => [r, i])));
   const measured = Object.values(DATA.curves.dev.pass_at_1.steps).some((a) => a.lines.length);
-  const state = { data: measured ? "dev" : "training", axis: "steps" };
+  const state = { data: measured ? "dev" : "training", axis: "sampled tokens" };
   const at = (measure) => DATA.curves[state.data][measure][state.axis];
   const plots = [
     chart("Pass@1, %", 280, (f) => drawCurves(f, at("pass_at_1"), state.axis, true)),
     chart("Response length, tokens", 280, (f) => drawCurves(f, at("length"), state.axis, false)),
   ];
+  if (Object.keys(DATA.frontiers.steps).length) plots.push(chart("Best dev Pass@1 reached for its cost, %", 280, (f) => drawFrontiers(f, DATA.frontiers[state.axis], state.axis)));
   if (DATA.outcomes.length) plots.push(chart("Final Pass@1 over all sets against training cost, %", 280, (f) => drawOutcomes(f, DATA.outcomes, state.axis === "steps" ? "sampled tokens" : state.axis, armOf)));
   const again = () => {
     for (const p of plots) p.again();
@@ -135,6 +149,7 @@ function startCurves() {
     if (seeds.some((a) => a.seeds > 1)) told.push("thick: mean of the seeds, thin: each seed, band: the range of the seeds");
     if (seeds.some((a) => a.seeds === 1 && a.band)) told.push("band of a single run: 95 % interval over the dev problems");
     if (state.data === "training") told.push("training: the problems of each step, which differ from step to step");
+    if (Object.keys(DATA.frontiers.steps).length) told.push("best: of the mean of the seeds, so far");
     if (DATA.outcomes.length) told.push("dashed: the most accuracy for its cost; circle: the base");
     byId("curve-note").textContent = told.length ? `${told.join("; ")}.` : "";
   };
