@@ -43,13 +43,13 @@ class Compared:
     notes: Sequence[str]
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain data: shares, not points; `curves` are those of the report, by arm, data, measure and axis. `frontier`: per cost the
-        points that no arm reaches for less; each arm's own are with the arm."""
+        """Plain data: shares, not points; `curves` are those of the report, by arm, data, measure and axis. `frontier`: per cost, from
+        which one on which arm has the most for it; each arm's own line is with the arm."""
         found = {cost: self._leaders(cost) for cost in self.best}
         return {
             "arms": {name: self._arm(name) for name in self.arms},
             "pairs": [pair.as_dict() for pair in self.pairs],
-            "frontier": {cost: [{"cost": x, "pass_at_1": y, "arm": arm} for x, y, arm in points] for cost, points in found.items()},
+            "frontier": {cost: [{"from": x, "pass_at_1": y, "arm": arm} for x, y, arm in points] for cost, points in found.items()},
             "notes": list(self.notes),
         }
 
@@ -88,19 +88,17 @@ class Compared:
         return leaders({arm: (own["x"], own["y"]) for arm, own in self.best[cost].items()})
 
     def _frontier(self) -> Grid:
-        rows, notes = [], ["the best dev Pass@1 so far, of the mean over seeds; what chance does to it is not told here"]
+        rows, notes = (
+            [],
+            ["the best dev Pass@1 so far, of the mean over seeds, between measurements on straight lines; chance is not told here"],
+        )
         for cost, by_arm in self.best.items():
-            within = min(own["end"] for own in by_arm.values())
+            within = min(own["x"][-1] for own in by_arm.values())
             for share in SHARES:
-                shown = [
-                    f"{100 * max(y for x, y in zip(own['x'], own['y'], strict=True) if x <= share * within):.1f}" for own in by_arm.values()
-                ]
-                rows.append([cost, f"{share * within:.4g}" if share * within < 10 else count(share * within), *shown])
-            found = self._leaders(cost)
-            firsts = [(x, arm) for i, (x, _, arm) in enumerate(found) if not i or arm != found[i - 1][2]]
-            if firsts:
-                notes.append(f"most for its {cost}: " + ", ".join(f"{arm} from {x:.3g}" for x, arm in firsts))
-        return Grid("Frontier", ["cost", "at most", *(f"{arm}, %" for arm in self.arms)], rows, notes)
+                shown = [f"{100 * np.interp(share * within, own['x'], own['y']):.1f}" for own in by_arm.values()]
+                rows.append([cost, _amount(share * within), *shown])
+            notes.append(f"most for its {cost}: " + ", ".join(f"{arm} from {_amount(x)}" for x, _, arm in self._leaders(cost)))
+        return Grid("Frontier", ["cost", "at", *(f"{arm}, %" for arm in self.arms)], rows, notes)
 
     def _differences(self) -> Grid:
         head = ["pair", "set", "difference, points [95 %]", "p", "p after Holm", "detectable, points"]
@@ -118,6 +116,10 @@ class Compared:
     def markdown(self) -> str:
         """The page."""
         return "# Comparison\n\n" + "\n".join(grid.markdown() for grid in self.grids())
+
+
+def _amount(cost: float) -> str:
+    return f"{cost:.3g}" if cost < 100 else count(cost)
 
 
 def compare_members(

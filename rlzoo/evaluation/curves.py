@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations, pairwise
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -107,23 +108,41 @@ def cost_to_reach(curves: Sequence[Curve], target: float, level: float = 0.95) -
 
 
 def frontier(costs: ArrayLike, values: ArrayLike) -> tuple[Float64, Float64]:
-    """The points [points] of a curve that are higher than every cheaper one: from each on, its value is the best reached for the cost,
-    until the next. The costs must not fall. Noise raises it, as it raises every best of many measurements."""
-    x, y = np.asarray(costs, np.float64), np.asarray(values, np.float64)
-    higher = y > np.concatenate([[-np.inf], np.maximum.accumulate(y)[:-1]]) if len(y) else np.zeros(0, bool)
-    return x[higher], y[higher]
+    """The most that a curve has reached for each cost, on straight lines between its points (as `Curve.cost_to`): costs and values
+    [vertices] of a line that never falls, from its first cost to its last. Noise raises it, as it raises every best of many."""
+    x, y = np.asarray(costs, np.float64).tolist(), np.asarray(values, np.float64).tolist()
+    vertices = [(x[0], y[0])]
+    for (x1, y1), (x2, y2) in pairwise(zip(x, y, strict=True)):
+        last, best = vertices[-1]
+        if y2 > best:
+            rises = x1 + (best - y1) / (y2 - y1) * (x2 - x1)
+            vertices += [(rises, best)] if rises > last else []
+            vertices.append((x2, y2))
+    if vertices[-1][0] < x[-1]:
+        vertices.append((x[-1], vertices[-1][1]))
+    found = np.array(vertices)
+    return found[:, 0], found[:, 1]
 
 
-def leaders(curves: Mapping[str, tuple[ArrayLike, ArrayLike]]) -> list[tuple[float, float, str]]:
-    """The accuracy-per-cost frontier over arms: (cost, value, arm) of every point that no point of any arm reaches at the same cost or
-    less (of equal ones the first arm's), beginning above what costs nothing."""
-    found = [(float(x), float(y), arm) for arm, (xs, ys) in curves.items() for x, y in zip(np.ravel(xs), np.ravel(ys), strict=True)]
-    best, kept = max((y for x, y, _ in found if x <= 0), default=-math.inf), []
-    for x, y, arm in sorted(found, key=lambda point: (point[0], -point[1])):
-        if y > best:
-            best = y
-            kept.append((x, y, arm))
-    return kept
+def leaders(frontiers: Mapping[str, tuple[ArrayLike, ArrayLike]]) -> list[tuple[float, float, str]]:
+    """Whose `frontier` is the highest from which cost on: (cost, value there, arm), up to the last cost of any; of equal ones the first.
+    An arm that has ended stays at its best, as that can be had for more, too."""
+    lines = {arm: (np.asarray(x, np.float64), np.asarray(y, np.float64)) for arm, (x, y) in frontiers.items()}
+    grid = np.unique(np.concatenate([x for x, _ in lines.values()]))
+    heights = {arm: np.interp(grid, x, y) for arm, (x, y) in lines.items()}
+    cuts = [grid]
+    for a, b in combinations(heights.values(), 2):  # where one straight piece crosses another
+        before, after = (a - b)[:-1], (a - b)[1:]
+        across = before * after < 0
+        cuts.append(grid[:-1][across] + (before / (before - after + ~across))[across] * np.diff(grid)[across])
+    ends = np.unique(np.concatenate(cuts))
+    found: list[tuple[float, float, str]] = []
+    for low, high in pairwise(ends.tolist()):
+        at = {arm: float(np.interp((low + high) / 2, x, y)) for arm, (x, y) in lines.items()}
+        arm = max(at, key=lambda name: at[name])
+        if not found or found[-1][2] != arm:
+            found.append((low, float(np.interp(low, *lines[arm])), arm))
+    return found
 
 
 def mean_height(curves: Sequence[Curve], low: float, high: float, level: float = 0.95) -> Estimate:

@@ -73,8 +73,8 @@ def curves(runs: Sequence[RunData]) -> dict[str, Any]:
 
 
 def frontiers(runs: Sequence[RunData]) -> dict[str, dict[str, Any]]:
-    """The most accuracy for its cost, per axis and arm: at each of the costs `x` the mean over its runs of the dev Pass@1 rises above all
-    before, to `y`; `end` is the cost up to which all its runs go. An arm without dev measurements has none."""
+    """The most accuracy for its cost, per axis and arm: the `frontier` of the mean over its runs of the dev Pass@1, on the costs that all
+    its runs cover. None of an arm with a run that has no dev measurements."""
     found: dict[str, dict[str, Any]] = {}
     for axis, cost in AXES.items():
         found[axis] = {}
@@ -82,8 +82,8 @@ def frontiers(runs: Sequence[RunData]) -> dict[str, dict[str, Any]]:
             lines = [points(run.rows, "dev/pass_at_1", cost) for run in members]
             if all(len(x) for x, _ in lines):
                 x, _, mean, _ = seed_band(lines)
-                found[axis][arm] = dict(zip("xy", map(_thin, frontier(x, mean)), strict=True)) | {"end": float(x[-1])}
-    return found
+                found[axis][arm] = dict(zip("xy", map(_thin, frontier(x, mean)), strict=True)) if len(x) else {"x": [], "y": []}
+    return {axis: {arm: line for arm, line in by_arm.items() if line["x"]} for axis, by_arm in found.items()}
 
 
 def _arm(members: Sequence[RunData], column: str, cost: str) -> dict[str, Any]:

@@ -93,13 +93,13 @@ def test_finished_runs_are_grouped_compared_and_written(tmp_path, capsys):
         assert all(set(axes) == set(ends) for axes in measures.values())
     assert {cost: r["costs"] for cost, r in printed["arms"]["grpo"]["reach"].items()} == {cost: [end] * 3 for cost, end in ends.items()}
     for cost, end in ends.items():
-        assert printed["arms"]["grpo"]["frontier"][cost] == {"x": [0, end], "y": [0.2, 0.6], "end": end}
-        assert printed["frontier"][cost] == [{"cost": end, "pass_at_1": 0.6, "arm": "grpo"}]
-    assert "most for its trained tokens: grpo from 100" in page
+        assert printed["arms"]["grpo"]["frontier"][cost] == {"x": [0, end], "y": [0.2, 0.6]}
+        assert printed["frontier"][cost] == [{"from": 0, "pass_at_1": 0.2, "arm": "grpo"}]
+    assert "most for its trained tokens: grpo from 0" in page
 
 
 def test_the_frontier_says_which_arm_gives_most_for_a_cost(tmp_path, capsys):
-    """One arm is at .4 after 100 tokens and falls, the other is at .5 after 200: by hand."""
+    """One arm is at .4 after 100 tokens and falls, the other at .3 after 100 and at .5 after 200: they meet at 150."""
 
     def measured(name, algo, *rows):
         path = tmp_path / name
@@ -112,20 +112,16 @@ def test_the_frontier_says_which_arm_gives_most_for_a_cost(tmp_path, capsys):
     second = measured("b", "treerpo", (0, 0.2), (100, 0.3), (100, 0.5))
     assert main(["compare", first, second, "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
-    assert told["arms"]["grpo"]["frontier"]["sampled tokens"] == {"x": [0, 100], "y": [0.2, 0.4], "end": 300}
-    assert told["frontier"]["sampled tokens"] == [
-        {"cost": 100, "pass_at_1": 0.4, "arm": "grpo"},
-        {"cost": 200, "pass_at_1": 0.5, "arm": "treerpo"},
-    ]
-    assert told["frontier"]["trained tokens"] == [], "nothing was trained on: one point at no cost, the last"
+    assert told["arms"]["grpo"]["frontier"]["sampled tokens"] == {"x": [0, 100, 300], "y": [0.2, 0.4, 0.4]}
+    (a, b) = told["frontier"]["sampled tokens"]
+    assert a == {"from": 0, "pass_at_1": 0.2, "arm": "grpo"} and b["arm"] == "treerpo"
+    assert (b["from"], b["pass_at_1"]) == (pytest.approx(150), pytest.approx(0.4))
+    assert told["frontier"]["trained tokens"] == [], "nothing was trained on"
     assert main(["compare", first, second]) == 0
     said = capsys.readouterr().out
-    assert "most for its sampled tokens: grpo from 100, treerpo from 200" in said
-    cells = [line.split() for line in said.splitlines() if line.startswith("sampled tokens ")]
-    assert cells == [
-        ["sampled", "tokens", at, *best]
-        for at, best in (("50", ("20.0", "20.0")), ("100", ("40.0", "30.0")), ("150", ("40.0", "30.0")), ("200", ("40.0", "50.0")))
-    ]
+    assert "most for its sampled tokens: grpo from 0, treerpo from 150" in said
+    cells = [line.split()[2:] for line in said.splitlines() if line.startswith("sampled tokens ")]
+    assert cells == [["50", "30.0", "25.0"], ["100", "40.0", "30.0"], ["150", "40.0", "40.0"], ["200", "40.0", "50.0"]]
 
 
 def test_equal_arms_have_no_winner_and_a_table_is_printed(tmp_path, capsys):

@@ -45,24 +45,49 @@ def test_a_run_that_never_arrives_is_told_and_not_averaged_away():
     assert cost_to_reach(curves[1:], 0.4).sentence("h") == "40.0 % reached at 50 h (one run)"
 
 
-LINES = st.lists(st.tuples(st.floats(0, 9), st.floats(0, 1)), min_size=1, max_size=8).map(sorted)
+COSTS = st.lists(st.integers(0, 9), min_size=1, max_size=8, unique=True).map(sorted)
+LINES = COSTS.flatmap(lambda xs: st.tuples(st.just(xs), st.lists(st.floats(0, 1), min_size=len(xs), max_size=len(xs))))
 
 
-@given(LINES, st.floats(0, 10))
-def test_the_frontier_is_the_best_at_or_below_each_cost(line, cost):
-    x, y = frontier(*zip(*line, strict=True))
-    affordable = [value for at, value in line if at <= cost]
-    assert max((b for a, b in zip(x, y, strict=True) if a <= cost), default=None) == max(affordable, default=None)
-    assert (np.diff(y) > 0).all() and set(zip(x.tolist(), y.tolist(), strict=True)) <= set(line)
+def best_until(line, cost):
+    """The highest place of a line up to a cost: at one of its points, or at the cost itself."""
+    x, y = line
+    return max([b for a, b in zip(x, y, strict=True) if a <= cost] + [float(np.interp(cost, x, y))])
 
 
-@given(st.dictionaries(st.sampled_from("abc"), LINES, min_size=1))
-def test_leaders_are_the_points_that_no_other_beats(lines):
-    found = leaders({arm: tuple(zip(*line, strict=True)) for arm, line in lines.items()})
-    everything = [(x, y, arm) for arm, line in lines.items() for x, y in line]
-    free = max((y for x, y, _ in everything if x == 0), default=-1)
-    best = {(x, y) for x, y, _ in everything if y > free and not any((a <= x and b > y) or (a < x and b >= y) for a, b, _ in everything)}
-    assert [(x, y) for x, y, _ in found] == sorted(best) and set(found) <= set(everything)
+def test_frontier_by_hand():
+    x, y = frontier([0, 10, 20, 40, 50], [0.1, 0.3, 0.2, 0.6, 0.5])
+    assert x.tolist() == [0, 10, 25, 40, 50] and y == pytest.approx([0.1, 0.3, 0.3, 0.6, 0.6])
+    assert [v.tolist() for v in frontier([3], [0.5])] == [[3], [0.5]]
+
+
+@given(LINES, st.floats(0, 1))
+def test_the_frontier_is_the_best_at_or_below_each_cost(line, share):
+    cost = line[0][0] + share * (line[0][-1] - line[0][0])
+    x, y = frontier(*line)
+    assert np.interp(cost, x, y) == pytest.approx(best_until(line, cost), abs=1e-9) and (np.diff(y) >= 0).all()
+    assert (x[0], x[-1]) == (line[0][0], line[0][-1])
+
+
+def test_leaders_change_where_lines_cross():
+    lines = {"a": ([0, 10], [0.2, 0.3]), "b": ([0, 5, 10, 20], [0.2, 0.2, 0.4, 0.4]), "c": ([0, 20], [0.2, 0.21])}
+    (first, _, a), (cross, height, b) = leaders(lines)
+    assert (first, a, b) == (0, "a", "b") and cross == pytest.approx(20 / 3) and height == pytest.approx(0.2 + 1 / 15)
+    assert leaders({"a": ([0, 5], [0.1, 0.5]), "b": ([0, 9], [0.1, 0.4])}) == [(0, 0.1, "a")], "the one that ended stays at its best"
+
+
+@given(st.dictionaries(st.sampled_from("abc"), LINES, min_size=1), st.floats(0, 1))
+def test_the_leader_has_the_most(lines, share):
+    best = {arm: frontier(*line) for arm, line in lines.items()}
+    found = leaders(best)
+    low, high = min(x[0] for x, _ in best.values()), max(x[-1] for x, _ in best.values())
+    if low == high:
+        assert found == []
+        return
+    cost = low + share * (high - low)
+    leader = [arm for start, _, arm in found if start <= cost][-1]
+    heights = {arm: np.interp(cost, *line) for arm, line in best.items()}
+    assert heights[leader] == pytest.approx(max(heights.values()), abs=1e-9)
 
 
 def test_mean_height_over_the_common_range():

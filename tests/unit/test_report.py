@@ -375,8 +375,8 @@ def test_trained_tokens_and_the_frontier_of_the_mean_over_seeds(tmp_path):
     assert line == {"x": [0, 30, 60], "y": pytest.approx([0.5, 0.6, 0.7])}, "the first step trained on nothing: its value is the last at 0"
     low = [row | ({"dev/pass_at_1": 0.0} if row["step"] == 2 else {}) for row in b.rows]
     found = frontiers([a, RunData("b", b.folder, b.config, low, None)])
-    assert found["sampled tokens"] == {ALGORITHMS[0]: {"x": [0, 100, 300], "y": pytest.approx([0.4, 0.5, 0.7]), "end": 300}}
-    assert found["steps"][ALGORITHMS[0]]["x"] == [0, 1, 3] and found["device-hours"][ALGORITHMS[0]]["end"] == 1.5
+    assert found["sampled tokens"] == {ALGORITHMS[0]: {"x": pytest.approx([0, 100, 250, 300]), "y": pytest.approx([0.4, 0.5, 0.5, 0.7])}}
+    assert found["steps"][ALGORITHMS[0]]["x"] == [0, 1, 2.5, 3] and found["device-hours"][ALGORITHMS[0]]["x"][-1] == 1.5
     never = RunData("n", a.folder, a.config, [{"step": 1, "pass_at_1": 0.5}], None)
     assert frontiers([never]) == {axis: {} for axis in found}
 

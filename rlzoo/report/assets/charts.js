@@ -98,17 +98,14 @@ function follow(f, traces, axis, shown) {
   });
 }
 
-/** Per arm the best so far for its cost: a step wherever it rises. */
+/** Per arm the best so far for its cost. */
 function drawFrontiers(f, perArm, axis) {
+  const shown = (v) => `${Number((100 * v).toFixed(1))}`;
   const all = Object.values(perArm);
-  axes(f, [0, Math.max(...all.map((a) => a.end)) || 1], range(all.flatMap((a) => a.y)), axis, count, (v) => `${Number((100 * v).toFixed(1))}`);
-  const traces = Object.entries(perArm).map(([arm, a]) => {
-    const i = Object.keys(DATA.arms).indexOf(arm);
-    const d = a.x.map((x, k) => (k ? `H${f.x(x).toFixed(1)}V${f.y(a.y[k]).toFixed(1)}` : path([x], [a.y[0]], f))).join("");
-    f.canvas.append(svg("path", { class: "best", d: `${d}H${f.x(a.end).toFixed(1)}`, stroke: armColor(i) }));
-    return { arm, i, x: a.x, y: a.y };
-  });
-  follow(f, traces, axis, (v) => `${Number((100 * v).toFixed(1))}`);
+  axes(f, [0, Math.max(...all.map((a) => a.x.at(-1))) || 1], range(all.flatMap((a) => a.y)), axis, count, shown);
+  const traces = Object.entries(perArm).map(([arm, a]) => ({ arm, i: Object.keys(DATA.arms).indexOf(arm), ...a }));
+  for (const t of traces) f.canvas.append(svg("path", { class: "best", d: path(t.x, t.y, f), stroke: armColor(t.i) }));
+  follow(f, traces, axis, shown);
 }
 
 const dot = (i) => el("span", { class: "dot", style: { background: armColor(i) } });
@@ -149,7 +146,7 @@ function startCurves() {
     if (seeds.some((a) => a.seeds > 1)) told.push("thick: mean of the seeds, thin: each seed, band: the range of the seeds");
     if (seeds.some((a) => a.seeds === 1 && a.band)) told.push("band of a single run: 95 % interval over the dev problems");
     if (state.data === "training") told.push("training: the problems of each step, which differ from step to step");
-    if (Object.keys(DATA.frontiers.steps).length) told.push("best: of the mean of the seeds, so far");
+    if (Object.keys(DATA.frontiers.steps).length) told.push("best: so far, of the mean of the seeds, straight between measurements");
     if (DATA.outcomes.length) told.push("dashed: the most accuracy for its cost; circle: the base");
     byId("curve-note").textContent = told.length ? `${told.join("; ")}.` : "";
   };
