@@ -134,6 +134,40 @@ def test_a_non_finite_update_stops_the_run_and_leaves_no_half_step(broken, tmp_p
     assert [r["reward"] for r in resumed.metrics()[1:]] == [r["reward"] for r in whole.metrics()[1:]]
 
 
+def test_a_run_whose_sampler_drifts_stops_before_the_step_and_goes_on_once_it_no_longer_does(tmp_path, monkeypatch, capsys):
+    from rlzoo.training.collect import Collector
+
+    real = Collector.collect
+
+    def drifted(self, step):
+        batch = real(self, step)
+        for graded in batch.kept if step == 1 else ():
+            object.__setattr__(graded.tree, "logprobs", graded.tree.logprobs - 0.5)  # k3: e^0.5 - 1.5 = 0.149
+        return batch
+
+    flags = ["--algo", "grpo", "--max-mismatch-kl", "0.1"]
+    monkeypatch.setattr(Collector, "collect", drifted)
+    out = tmp_path / "run"
+    assert main(["run", "--out", str(out), *SMALL, *flags]) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("rlzoo: step 2: KL(sampler || trainer) is 0.149 and max_mismatch_kl allows 0.1; no update was made; ")
+    assert "; the newest checkpoint is step 1 in " in error and f"go on with rlzoo run --resume --out {out}" in error
+    monkeypatch.undo()
+    assert main(["run", "--out", str(out), "--resume"]) == 0
+    resumed, whole = RunFolder.open(out), run(tmp_path, *flags, name="whole")
+    first, second = weights(resumed.final), weights(whole.final)
+    assert all(torch.equal(first[k], second[k]) for k in first)
+    for row in resumed.metrics()[1:]:
+        assert 0 <= row["mismatch/kl_k3"] < 1e-6 and row["mismatch/ratio_p99"] == pytest.approx(1, abs=1e-2)
+        assert row["mismatch/masked_rows"] == row["mismatch/truncated_tokens"] == 0
+
+
+def test_a_corrected_run_measures_every_token(tmp_path):
+    flags = ["--correction.old-logprobs", "recomputed", "--correction.importance", "truncated", "--correction.sequence", "mask"]
+    rows = run(tmp_path, "--algo", "treerpo", *flags).metrics()[1:]
+    assert all(row["update/updates"] > 0 and abs(row["mismatch/kl"]) < 1e-4 and row["mismatch/masked_rows"] == 0 for row in rows)
+
+
 def test_bad_input_is_one_sentence_and_a_non_zero_exit_of_the_real_process(tmp_path):
     """All the others: tests/fault/test_bad_input.py."""
     command = [sys.executable, "-m", "rlzoo.cli", "run", "--out", str(tmp_path / "out"), "--algo", "nosuch"]
