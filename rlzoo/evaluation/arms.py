@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -136,24 +136,38 @@ def refuse_mixture(arms: Mapping[str, Sequence[Member]], allow: Sequence[str] = 
         ValueError: they differ in a field that `allow` does not name, or in their problems, which nothing allows.
     """
     members = [member for own in arms.values() for member in own]
-    first = members[0]
-    fields = asdict(first.row.protocol)
+    fields = asdict(members[0].row.protocol)
     if unknown := sorted(set(allow) - set(fields)):
         raise ValueError(f"--allow {unknown[0]}: no such field; allowed: {', '.join(fields)}")
-    notes: dict[str, str] = {}
-    for other in members[1:]:
-        paths = f"{first.run.folder.path} and {other.run.folder.path}"
-        if first.row.testsets != other.row.testsets or any(
-            m.problems != other.row.results[TRAINED][name].problems for name, m in first.row.results[TRAINED].items()
-        ):
-            raise ValueError(f"{paths} were measured on different problems (suites {first.row.suite} and {other.row.suite})")
-        for name, value in asdict(other.row.protocol).items():
-            if value != fields[name]:
-                told = f"{paths} differ in {name}: {fields[name]!r} and {value!r}"
-                if name not in allow:
-                    raise ValueError(f"{told}; if that does not matter, --allow {name}")
-                notes.setdefault(name, f"allowed: {told}")
-    return list(notes.values())
+    hint = "; if that does not matter, --allow {}"
+    return check_alike([m.row for m in members], [str(m.run.folder.path) for m in members], allow=allow, hint=hint)
+
+
+def check_alike(rows: Sequence[ResultRow], names: Sequence[str], *, allow: Collection[str] = (), hint: str = "") -> list[str]:
+    """The measurements of rows must be comparable: the same suite and problems, and the same protocol but for the fields in `allow`, of
+    whose differences it returns a line each. `names` tell the rows apart; `hint`, with {} for the field, ends a refusal.
+
+    Raises:
+        ValueError: they are not; names two rows and what they differ in.
+    """
+    first, fields = rows[0], asdict(rows[0].protocol)
+    allowed: dict[str, str] = {}
+    for other, name in zip(rows[1:], names[1:], strict=True):
+        both = f"{names[0]} and {name}"
+        if (first.suite, first.testsets, _problems(first)) != (other.suite, other.testsets, _problems(other)):
+            raise ValueError(f"{both} were measured on different problems (suites {first.suite} and {other.suite})")
+        for field, value in asdict(other.protocol).items():
+            if value == fields[field]:
+                continue
+            told = f"{both} differ in {field}: {fields[field]!r} and {value!r}"
+            if field not in allow:
+                raise ValueError(told + hint.format(field))
+            allowed.setdefault(field, f"allowed: {told}")
+    return list(allowed.values())
+
+
+def _problems(row: ResultRow) -> dict[str, list[str]]:
+    return {name: m.problems for sets in row.results.values() for name, m in sets.items()}
 
 
 def as_arm(name: str, rows: Sequence[ResultRow], model: str = TRAINED) -> Arm:

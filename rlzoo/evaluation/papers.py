@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from .arms import as_arm
+from .arms import as_arm, check_alike
 from .comparison import compare
 from .rows import Overall, ResultRow, read_row
 from .stats import Estimate, satterthwaite, t_mean, t_quantile
@@ -19,15 +19,26 @@ from .testsets import read_shipped, shipped
 
 ConfigOf = Callable[[str], Mapping[str, Any]]
 """The config of a recipe: a command line without `rlzoo`."""
-APART = ("seed", "trackers", "backend.threads", "data_dir", "evaluation.data_dir")
-"""All that may differ between a row's config and its recipe's: the draw, what was written beside, cores lent, and where on the disk test
-sets lie (whose checksums are the row's)."""
+APART = ("seed", "trackers", "data_dir", "evaluation.data_dir", *(f"backend.{n}" for n in ("threads", "memory", "sleep", "timeout_s")))
+"""All that may differ between a row's config and its recipe's: the draw, what was written beside, where on the disk test sets lie (whose
+checksums are the row's), and what the engine was lent."""
+INDIFFERENT = ("greedy", "vote", "seed")
+"""Of the protocol, what a claim's measures do not depend on but by chance."""
 ABSENT = {
     "max_prompt_tokens": 0,
     "schedule.limit": "none",
     "schedule.budget": 0.0,
     "shaping.overlong_tokens": 0,
     "shaping.overlong_factor": 1.0,
+    "max_mismatch_kl": 0.0,
+    "correction.old_logprobs": "sampler",
+    "correction.importance": "none",
+    "correction.cap": 2.0,
+    "correction.sequence": "none",
+    "correction.low": 0.9,
+    "correction.high": 1.1,
+    "correction.token_low": 1e-4,
+    "correction.token_high": 100.0,
 }
 """Options younger than some rows, with the value that does what was done before they were there."""
 
@@ -205,7 +216,7 @@ def check_claim(claim: Claim, arms: Mapping[str, Sequence[ResultRow]], model: st
         return Found(claim, None, "not run", missing)
     a, b = arms[claim.a], arms[claim.b]
     seeds = len(a), len(b)
-    _check_alike([*a, *b])
+    check_alike([*a, *b], [f"{name} (seed {row.seed})" for name, rows in ((claim.a, a), (claim.b, b)) for row in rows], allow=INDIFFERENT)
     if claim.measure == "pass_at_1":
         both = as_arm(claim.a, a, model), as_arm(claim.b, b, model)
         estimate: Estimate | None = compare(*both, weights=a[0].overall[model].weights).overall.estimate()
@@ -266,13 +277,3 @@ def _quantity(row: ResultRow, measure: str, model: str) -> float | None:
     if measure == "sampled_tokens":
         return row.sampled_tokens
     return None if row.training is None else row.training.device_hours
-
-
-def _check_alike(rows: Sequence[ResultRow]) -> None:
-    for row in rows[1:]:
-        for name in ("suite", "testsets"):
-            if getattr(row, name) != getattr(rows[0], name):
-                raise ValueError(f"rows of {rows[0].arm.name} and {row.arm.name} differ in {name}: a claim needs the same problems")
-        for name in ("template", "grader", "k", "temperature", "max_response_tokens", "sampler", "engine"):
-            if getattr(row.protocol, name) != getattr(rows[0].protocol, name):
-                raise ValueError(f"rows of {rows[0].arm.name} and {row.arm.name} differ in protocol.{name}: they were not measured alike")
