@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from .protocol import Backend, SamplingParams
@@ -50,7 +51,7 @@ def open_backend(options: BackendOptions, model: Any, tokenizer: Any, device: st
     return TorchBackend(model, tokenizer, **shared)
 
 
-def open_server(url: str, described: Described, *, model: str, planned: SamplingParams, options: BackendOptions) -> ServerBackend:
+def open_server(url: str, described: Described, *, model: str, planned: Sequence[SamplingParams], options: BackendOptions) -> ServerBackend:
     """The engine behind `url`, which has to serve, under the name `model` if it serves several, the model that is `described` here; of
     `options` capacity, max_context and timeout_s count. The environment variable RLZOO_API_KEY holds its key, if it wants one.
 

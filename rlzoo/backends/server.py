@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
@@ -88,7 +89,7 @@ class ServerBackend:
         capacity: int = 256,
         timeout_s: float = 45.0,
         key: str | None = None,
-        planned: SamplingParams = _PLAIN,
+        planned: Sequence[SamplingParams] = (_PLAIN,),
     ) -> None:
         self.server, self.timeout_s, self.capacity = Server(url, key=key), timeout_s, capacity
         self.tokenizer, self.eos_ids, self.max_context = tokenizer, frozenset(eos_ids), max_context
@@ -103,7 +104,8 @@ class ServerBackend:
         self._sampled = 0
         try:
             self._introduce(model)
-            self._check(planned)
+            for params in planned:
+                self._check(params)
         except ServerError as error:
             self.close()
             raise ValueError(str(error)) from error
@@ -126,7 +128,9 @@ class ServerBackend:
             self._fail(f"{wanted}; it has: {', '.join(cards) or 'none'}; choose with --served-model")
         card = cards.get(self.model, {})
         self.max_context = min(self.max_context, int(card.get("max_model_len") or self.max_context))
-        version = self.server.ask("/version", timeout_s=self.timeout_s)
+        version = None
+        with suppress(ServerError):  # nothing depends on it
+            version = self.server.ask("/version", timeout_s=self.timeout_s)
         known = version.get("version") if isinstance(version, dict) else None
         self.engine = "server:" + " ".join(str(part) for part in (card.get("owned_by") or "unknown", known) if part)
 

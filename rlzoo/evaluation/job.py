@@ -13,8 +13,8 @@ from typing import Any, TypeVar
 
 import torch
 
-from ..backends.protocol import Backend
-from ..backends.select import open_backend
+from ..backends.protocol import Backend, SamplingParams
+from ..backends.select import open_backend, open_server
 from ..data.problems import Problem
 from ..data.templates import render
 from ..errors import one_line
@@ -27,7 +27,7 @@ from ..store.environment import environment
 from ..store.files import locked, remove_partials, taken_back
 from ..store.runs import RunFolder, read_rows, to_json, write_aside
 from ..training.interrupts import Interrupts
-from ..training.models import load_model, pick_device, weights_sha256
+from ..training.models import describe_model, load_model, pick_device, weights_sha256
 from .options import EvalConfig
 from .rows import Protocol, describe_sets, engine_name, result_row
 from .runner import Grades, Row, SetResult, Sink, complete, evaluate
@@ -128,12 +128,8 @@ def run_eval(config: EvalConfig, *, out: Path | None = None, resume: bool = Fals
             folder.write_config(config.to_dict())
         try:
             torch.set_num_threads(config.backend.threads or os.cpu_count() or 1)
-            ledger = open_ledger(pick_device(config.backend.device))
-            loaded = load_model(config.model, dtype=config.backend.dtype, device=config.backend.device)
-            with (
-                closing(open_backend(config.backend, loaded.model, loaded.tokenizer, loaded.device)) as backend,
-                closing(MathReward(plan.grader)) as reward,
-            ):
+            backend, ledger = _open_engine(config)
+            with closing(backend), closing(MathReward(plan.grader)) as reward:
                 _check_lengths(plan, backend)
                 stays()  # until here nothing has happened, and what is there would block the corrected command
                 try:
@@ -143,6 +139,23 @@ def run_eval(config: EvalConfig, *, out: Path | None = None, resume: bool = Fals
         except KeyboardInterrupt as error:
             raise KeyboardInterrupt(f"interrupted; to go on: {again}") from error
     return _ended(path, row, "")
+
+
+def _open_engine(config: EvalConfig) -> tuple[Backend, Ledger]:
+    """What samples, and the ledger of its device. A server's devices are unknown: it counts as one device of that name."""
+    if not config.backend_url:
+        ledger = open_ledger(pick_device(config.backend.device))
+        loaded = load_model(config.model, dtype=config.backend.dtype, device=config.backend.device)
+        return open_backend(config.backend, loaded.model, loaded.tokenizer, loaded.device), ledger
+    ledger = Ledger(1, "server")
+    backend = open_server(
+        config.backend_url,
+        describe_model(config.model),
+        model=config.served_model,
+        planned=[SamplingParams(config.temperature, config.top_p), *[SamplingParams(0)] * config.greedy],
+        options=config.backend,
+    )
+    return backend, ledger
 
 
 def _ended(path: Path, row: dict[str, Any], how: str) -> Evaluation:
@@ -260,7 +273,7 @@ def _row(plan: Plan, results: Mapping[str, SetResult], backend: Backend, ledger:
         weights=plan.suite.weights_by_set,
         ledger=ledger.as_dict(),
         environment=environment(),
-    ) | {"weights_sha256": {MODEL: weights_sha256(config.model)}}
+    ) | {"weights_sha256": {MODEL: None if config.backend_url else weights_sha256(config.model)}}  # a server's cannot be read
     plain: dict[str, Any] = json.loads(to_json(made))  # as a reader of the file has it: no tuples, no infinities
     return plain
 

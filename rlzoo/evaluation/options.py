@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Annotated, Any, Literal
 
 import tyro
@@ -14,6 +14,7 @@ from ..sampling.chains import Chains
 from ..sampling.segments import Segments
 
 MOST = 1 << 16  # responses per problem, for what can be checked before k is known
+OURS = ("capacity", "threads", "max_context", "timeout_s")  # options of the backend that mean something where a server samples
 
 
 @dataclass(frozen=True)
@@ -63,11 +64,21 @@ class EvalConfig:
     seed: int = 0
     """What the samples depend on."""
     backend: BackendOptions = field(default_factory=BackendOptions)
+    backend_url: str = ""
+    """Sample with the completions server at this address, which has to serve the model; of MODEL only tokenizer and configs are read."""
+    served_model: str = ""
+    """The server's name for the model; needed where it serves several."""
 
     def __post_init__(self) -> None:
         if self.seed < 0:
             raise ValueError(f"seed is {self.seed}; it must be at least 0")
         self.sampler_of(self.k if self.k is not None else MOST)  # validates
+        for option in fields(BackendOptions) if self.backend_url else ():
+            value = getattr(self.backend, option.name)
+            if option.name not in OURS and value != option.default:
+                raise ValueError(f"backend.{option.name} = {value!r} does not go with backend_url: that is the server's to decide")
+        if self.served_model and not self.backend_url:
+            raise ValueError(f"served_model = {self.served_model!r} needs backend_url, the server's address")
 
     def sampler_of(self, k: int) -> Sampler:
         """The sampler that grows a problem's k responses.

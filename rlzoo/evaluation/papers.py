@@ -25,9 +25,23 @@ checksums are the row's), and what the engine was lent."""
 INDIFFERENT = ("greedy", "vote", "seed")
 """Of the protocol, what a claim's measures do not depend on but by chance."""
 ABSENT = {
+    "backend.memory": 0.4,
+    "backend.sleep": False,
+    "backend.timeout_s": 45.0,
+    "backend_url": "",
+    "correction.cap": 2.0,
+    "correction.high": 1.1,
+    "correction.importance": "none",
+    "correction.low": 0.9,
+    "correction.old_logprobs": "sampler",
+    "correction.sequence": "none",
+    "correction.token_high": 100.0,
+    "correction.token_low": 0.0001,
+    "max_mismatch_kl": 0.0,
     "max_prompt_tokens": 0,
     "schedule.limit": "none",
     "schedule.budget": 0.0,
+    "served_model": "",
     "shaping.overlong_tokens": 0,
     "shaping.overlong_factor": 1.0,
     "max_mismatch_kl": 0.0,

@@ -229,8 +229,8 @@ def result_row(
 
 
 def engine_name(backend: Any, dtype: str) -> str:
-    """What sampled: the engine's module and its precision."""
-    return f"{type(backend).__module__.rpartition('.')[2]} {dtype}"
+    """What sampled: the engine's module and its precision; of a server what it says of itself, as its precision is its own."""
+    return getattr(backend, "engine", None) or f"{type(backend).__module__.rpartition('.')[2]} {dtype}"
 
 
 def describe_sets(suite: Suite, problems: Mapping[str, Sequence[Problem]]) -> dict[str, Testset]:
