@@ -309,11 +309,12 @@ def _compare(argv: Sequence[str]) -> int:
 def _leaderboard(argv: Sequence[str]) -> int:
     """Rank the result rows of a folder: rlzoo leaderboard [--results results]. Writes leaderboard.md and leaderboard.html there."""
 
-    def leaderboard(results: Path = Path("results")) -> Callable[[], None]:
-        """Check every row (*.json) below --results and write leaderboard.md and leaderboard.html into it."""
+    def leaderboard(results: Path = Path("results"), page: Path | None = None) -> Callable[[], None]:
+        """Check every row (*.json) below --results and write leaderboard.md and leaderboard.html into it, and its tables between the
+        marks of the Markdown page --page."""
         from .report.leaderboard import write_leaderboard
 
-        return lambda: write_leaderboard(results)
+        return lambda: write_leaderboard(results, page)
 
     _parse(leaderboard, "rlzoo leaderboard", argv)()
     return 0

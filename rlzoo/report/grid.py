@@ -48,10 +48,10 @@ class Grid:
         """In columns of whatever width they need, for logs and pipes."""
         return "\n".join([columns(self.head, self.rows), *self.notes]) + "\n"
 
-    def markdown(self) -> str:
-        """For `results/`, under a heading of the second level."""
+    def markdown(self, level: int = 2) -> str:
+        """For `results/`, under a heading of that level."""
         notes = ["", *(f"- {line}" for line in self.notes)] if self.notes else []
-        return "\n".join([f"## {self.title}\n", pipes(self.head, self.rows), *notes]) + "\n"
+        return "\n".join([f"{'#' * level} {self.title}\n", pipes(self.head, self.rows), *notes]) + "\n"
 
     def print(self, console: Console | None = None) -> None:
         """With rich on a terminal, as text elsewhere."""

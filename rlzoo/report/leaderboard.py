@@ -16,12 +16,15 @@ from .grid import Grid
 from .text import count, percent
 
 BASE = "base"
+FINAL = "final"  # how every run calls the folder of its model: the run's name tells more
 TITLE = "Leaderboard"
 ABOUT = (
     "Made by `rlzoo leaderboard` from every result row (`*.json`) in this folder; nothing is left out. A table holds what was measured "
     "in the same way on the same problems, ranked by Pass@1. Intervals are 95 %, over problems: they say nothing of the spread between "
     "training seeds, which is why every seed has its line. Tokens count a shared prefix once; device-hours are devices x wall time."
 )
+BEGIN = "<!-- made by rlzoo leaderboard --page; do not edit -->"
+END = "<!-- end of the leaderboard -->"
 STYLE = """:root { color-scheme: light dark; }
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 90rem; padding: 0 1rem; }
 .wide { overflow-x: auto; }
@@ -52,19 +55,43 @@ class Entry:
         return self.row.training is not None and self.model != BASE
 
 
-def write_leaderboard(results: Path) -> None:
-    """Write `leaderboard.md` and `leaderboard.html` into `results` from the rows below it.
+def write_leaderboard(results: Path, into: Path | None = None) -> None:
+    """Write `leaderboard.md` and `leaderboard.html` into `results` from the rows below it, and its tables `into` the place for them in
+    another Markdown page.
 
     Raises:
-        ValueError: no such folder, no row in it, or a file that is not a row (named with the field).
+        ValueError: no such folder, no row in it, a file that is not a row (named with the field), or a page without that place.
     """
     grids = leaderboard(results)
-    told = f"# {TITLE}\n\n{ABOUT}\n\n" + "\n".join(grid.markdown() for grid in grids)
-    write_aside(results / "leaderboard.md", told)
-    write_aside(results / "leaderboard.html", page(grids))
+    told = {results / "leaderboard.md": f"# {TITLE}\n\n{ABOUT}\n\n{_tables(grids)}", results / "leaderboard.html": page(grids)}
+    if into is not None:
+        told[into] = filled(into, grids)
+    for path, text in told.items():
+        write_aside(path, text)
     for grid in grids:
         grid.print()
-    print(f"written: {results / 'leaderboard.md'} and {results / 'leaderboard.html'}")
+    print(f"written: {', '.join(map(str, told))}")
+
+
+def _tables(grids: Sequence[Grid], level: int = 2) -> str:
+    return "\n".join(grid.markdown(level) for grid in grids)
+
+
+def filled(path: Path, grids: Sequence[Grid]) -> str:
+    """The text of a Markdown page with the tables between its two marks (`BEGIN`, `END`), under headings of the third level.
+
+    Raises:
+        ValueError: the page cannot be read, or has not each mark once, in this order.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror or error}") from error
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end or BEGIN in rest or END in before + after:
+        raise ValueError(f"{path} has no place for the leaderboard: it needs the lines {BEGIN} and {END}, once and in this order")
+    return f"{before}{BEGIN}\n\n{_tables(grids, 3)}\n{END}{after}"
 
 
 def leaderboard(results: Path) -> list[Grid]:
@@ -90,7 +117,8 @@ def _entries(results: Path, path: Path) -> list[Entry]:
     problems = [f"{name}: {t.n} problems, {t.sha256[:12]}" for name, t in row.testsets.items()]
     group = (row.suite, _how(row.protocol), "; ".join(problems))
     file = path.relative_to(results).as_posix()
-    names = {model: row.model if model == BASE else row.arm.name for model in row.results}
+    own = Path(row.model).parent.name + "/" + row.arm.name if row.arm.name == FINAL else row.arm.name
+    names = {model: row.model if model == BASE else own for model in row.results}
     return [Entry(group, names[model], file, row, plain, model) for model in row.results]
 
 

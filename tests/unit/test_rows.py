@@ -4,6 +4,7 @@ import copy
 import hashlib
 import json
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from rlzoo.evaluation.runner import SetResult
 from rlzoo.evaluation.stats import stratified_mean
 from rlzoo.evaluation.suites import Suite
 from rlzoo.evaluation.testsets import Hub, SetSpec
-from rlzoo.report.leaderboard import leaderboard
+from rlzoo.report.leaderboard import BEGIN, END, filled, leaderboard
 from rlzoo.rewards.math import GraderConfig
 from rlzoo.store.cost import Ledger
 from rlzoo.store.environment import environment
@@ -213,6 +214,45 @@ def test_a_row_that_is_none_is_one_sentence_and_no_page_changes(text, message, t
     said = capsys.readouterr().err
     assert message in said and len(said.splitlines()) == 1 and (text is None or "deep/bad.json" in said)
     assert (results / "leaderboard.md").read_text() == "as it was" and not (results / "leaderboard.html").exists()
+
+
+def test_a_page_gets_the_tables_between_its_marks(tmp_path, capsys):
+    results, page = store(tmp_path / "results", row(2), row(3)), tmp_path / "page.md"
+    page.write_text(f"# Mine\n\n{BEGIN}\nold\n{END}\n\nthe end\n")
+    for _ in range(2):
+        assert main(["leaderboard", "--results", str(results), "--page", str(page)]) == 0
+        before, _, rest = page.read_text().partition(BEGIN)
+        block, _, after = rest.partition(END)
+        assert (before, after) == ("# Mine\n\n", "\n\nthe end\n") and "old" not in block
+        tables = (results / "leaderboard.md").read_text()
+        assert block.strip() == tables[tables.index("\n## ") :].replace("\n## ", "\n### ").strip()
+
+
+@pytest.mark.parametrize("text", [None, "no marks", f"{BEGIN} alone", f"{END} then {BEGIN}", f"{BEGIN} {END} {BEGIN} {END}"])
+def test_a_page_without_a_place_for_them_is_left_alone(text, tmp_path, capsys):
+    results, page = store(tmp_path / "results", row(2)), tmp_path / "page.md"
+    if text is not None:
+        page.write_text(text)
+    assert main(["leaderboard", "--results", str(results), "--page", str(page)]) == 2
+    said = capsys.readouterr().err
+    assert ("has no place for the leaderboard" if text else "cannot read") in said and len(said.splitlines()) == 1
+    assert text is None or page.read_text() == text
+    assert not (results / "leaderboard.md").exists()
+
+
+def test_the_committed_pages_are_those_of_the_committed_rows():
+    root = Path(__file__).parents[2]
+    grids = leaderboard(root / "results")
+    assert filled(root / "README.md", grids) == (root / "README.md").read_text(), "run: rlzoo leaderboard --page README.md"
+    told = (root / "results" / "leaderboard.md").read_text()
+    assert told.endswith("\n".join(grid.markdown() for grid in grids)), "run: rlzoo leaderboard --page README.md"
+
+
+def test_a_run_s_own_model_has_the_run_s_name(tmp_path):
+    plain = row(2, model="runs/mine-s0/final")
+    plain["arm"]["name"] = "final"
+    (grid,) = leaderboard(store(tmp_path / "results", plain))
+    assert grid.rows[0][1] == "mine-s0/final"
 
 
 def test_no_folder_no_leaderboard(tmp_path, capsys):
