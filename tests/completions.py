@@ -105,6 +105,7 @@ class _Handler(BaseHTTPRequestHandler):
             served.keys.append(self.headers["Authorization"])
             served.running += 1
             served.peak = max(served.peak, served.running)
+        self.answers = True
         try:
             if (status := served.before(nth)) is not None:
                 return self.reply(status, {"error": {"message": "as told"}})
@@ -119,15 +120,20 @@ class _Handler(BaseHTTPRequestHandler):
                     self.close_connection = True
                     return None
                 self.chunk(b"data: " + json.dumps(spoilt).encode() + b"\n\n")
+            self.ended()  # before the client knows
             self.chunk(b"data: [DONE]\n\n")
             self.chunk(b"")
         except (BrokenPipeError, ConnectionResetError):
             served.broken.set()
             self.close_connection = True
         finally:
-            with served.lock:
-                served.running -= 1
+            self.ended()
         return None
+
+    def ended(self) -> None:
+        with self.served.lock:
+            self.served.running -= self.answers
+        self.answers = False
 
     def chunk(self, data: bytes) -> None:
         self.wfile.write(b"%x\r\n%s\r\n" % (len(data), data))

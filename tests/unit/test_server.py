@@ -225,6 +225,14 @@ def test_raw_logprobs_are_refused_where_they_differ(params, connect, served):
         connect().submit([SegmentRequest(5, 4, [7], 3, 0, params)])
 
 
+def test_greedy_logprobs_that_say_certain_are_refused(connect, served):
+    certain = put(logprobs={"tokens": ["?"], "token_logprobs": [0.0]})
+    served.spoil = lambda event, nth: event if served.bodies[nth]["temperature"] else certain(event, nth)
+    connect()
+    with pytest.raises(ValueError, match="gives greedy tokens other log-probs than at temperature 1"):
+        connect(planned=[SamplingParams(0)])
+
+
 def test_a_server_that_ignores_top_p_is_refused(connect, served):
     events = served.events
     served.events = lambda body: events(body | {"top_p": 1.0})
@@ -343,6 +351,13 @@ def test_a_refusal_is_passed_on_and_not_tried_again(status, message, connect, se
     served.before = lambda nth: status
     with pytest.raises(ValueError, match=message):
         connect()
+    assert len(served.bodies) == 1
+
+
+def test_a_server_that_accepts_and_says_nothing_is_not_asked_again(connect, served):
+    served.before = lambda nth: time.sleep(1)
+    with pytest.raises(ValueError, match=r"no answer from the server at .*: timed out"):
+        connect(timeout_s=0.1)
     assert len(served.bodies) == 1
 
 
