@@ -34,10 +34,12 @@ class GradedTree:
 
 @dataclass(slots=True)
 class Batch:
-    """What a step sampled: `kept` goes into training (in problem order), `dropped` was dead or ungraded."""
+    """What a step sampled: `kept` goes into training (in problem order), `dropped` was dead or ungraded; `engine`: tokens that the
+    engine forwarded for it, and tokens of contexts that it found in its cache instead."""
 
     kept: list[GradedTree] = field(default_factory=list)
     dropped: list[GradedTree] = field(default_factory=list)
+    engine: dict[str, int] = field(default_factory=dict)
 
     @property
     def all(self) -> list[GradedTree]:
@@ -59,7 +61,7 @@ class Collector:
         Raises:
             RuntimeError: grading itself failed for more than 1 % of the leaves.
         """
-        batch = Batch()
+        batch, before = Batch(), self._backend.stats()
         wanted = self._algorithm.schedule.problems_per_step
         for _ in range(1 + self._algorithm.filter.refill_rounds):
             for graded in self._sample(wanted - len(batch.kept), step):
@@ -67,6 +69,8 @@ class Collector:
             if len(batch.kept) == wanted:
                 break
         _refuse_failures(batch)
+        after = self._backend.stats()
+        batch.engine = {name: getattr(after, name) - getattr(before, name) for name in ("forwarded_tokens", "cached_tokens")}
         return batch
 
     def _sample(self, count: int, step: int) -> list[GradedTree]:
@@ -124,6 +128,7 @@ def describe(batch: Batch) -> dict[str, float]:
         "unrolled_tokens": sum(t.unrolled_tokens for t in trees),
         **{f"verdict/{kind}": kinds[kind] for kind in sorted(kinds)},
         **{f"sampler/{name}": count for name, count in sorted(counts.items())},
+        **{f"engine/{name}": count for name, count in batch.engine.items()},
     }
 
 
