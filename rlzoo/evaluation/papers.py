@@ -44,15 +44,6 @@ ABSENT = {
     "served_model": "",
     "shaping.overlong_tokens": 0,
     "shaping.overlong_factor": 1.0,
-    "max_mismatch_kl": 0.0,
-    "correction.old_logprobs": "sampler",
-    "correction.importance": "none",
-    "correction.cap": 2.0,
-    "correction.sequence": "none",
-    "correction.low": 0.9,
-    "correction.high": 1.1,
-    "correction.token_low": 1e-4,
-    "correction.token_high": 100.0,
 }
 """Options younger than some rows, with the value that does what was done before they were there."""
 
