@@ -25,9 +25,6 @@ checksums are the row's), and what the engine was lent."""
 INDIFFERENT = ("greedy", "vote", "seed")
 """Of the protocol, what a claim's measures do not depend on but by chance."""
 ABSENT = {
-    "backend.memory": 0.4,
-    "backend.sleep": False,
-    "backend.timeout_s": 45.0,
     "backend_url": "",
     "correction.cap": 2.0,
     "correction.high": 1.1,

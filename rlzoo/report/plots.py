@@ -15,11 +15,13 @@ from ..store.cost import PHASES, totals
 from ..store.runs import RunFolder, read_rows
 from ..store.trees import StoredTree
 from ..tree import Float64
+from .text import beside
 
 AXES = {"steps": "steps", "sampled tokens": "tokens", "trained tokens": "trained-tokens", "device-hours": "device-hours"}
 """What a curve may run along, and its name in `rlzoo.store.cost.totals`; before the first step all are 0."""
 INDIFFERENT = ("seed", "backend", "trackers", "checkpoints")
-"""Sections and keys of a config that two runs of one arm may differ in; of the backend its dtype may not."""
+"""Sections and keys of a config that two runs of one arm may differ in; of the backend its dtype may not. Neither matters where on a disk
+its test sets were."""
 
 MOST_POINTS = 300  # of a curve; more than a screen shows
 BINS = 24
@@ -50,6 +52,7 @@ def arms(runs: Sequence[RunData]) -> dict[str, list[RunData]]:
     found: dict[str, list[RunData]] = defaultdict(list)
     for run in runs:
         settings = {name: value for name, value in run.config.items() if name not in INDIFFERENT}
+        settings["evaluation"] = {name: value for name, value in settings.get("evaluation", {}).items() if name != "data_dir"}
         dtype = run.config.get("backend", {}).get("dtype")
         found[json.dumps([settings, dtype], sort_keys=True)].append(run)
     often = Counter(members[0].algorithm for members in found.values())
@@ -161,6 +164,8 @@ def ledger(run: RunData) -> dict[str, Any]:
         wall = sum(phases.values())
         devices = max(1, round(3600 * hours / wall)) if wall else 1
         phases, device = {name: devices * s for name, s in phases.items()}, "device"
-    return {"run": run.label, "device": device, "devices": devices, "finished": run.summary is not None} | {
-        "hours": {name: float(f"{phases.get(name, 0.0) / 3600:.6g}") for name in PHASES}
+    about = {"run": run.label, "device": device, "devices": devices, "finished": run.summary is not None}
+    return about | {
+        "beside": [] if run.summary is None else beside(run.summary["ledger"]),
+        "hours": {name: float(f"{phases.get(name, 0.0) / 3600:.6g}") for name in PHASES},
     }

@@ -28,6 +28,7 @@ from ..evaluation.testsets import answers_checksum
 from ..losses.correction import MismatchError
 from ..report.progress import Progress
 from ..report.tables import Cost, FinalTable, final_table, print_table
+from ..report.text import beside
 from ..rewards.reward import open_reward
 from ..sampling.seeds import mix
 from ..store.cost import open_ledger, spent
@@ -365,7 +366,8 @@ class Trainer:
         table = None
         if results:
             cost = Cost(self.sampled_tokens, training["device_hours"])
-            table = final_table(results["base"], results["trained"], cost, weights=described["weights"], device=self.ledger.device)
+            told = {"weights": described["weights"], "device": self.ledger.device, "notes": beside(training)}
+            table = final_table(results["base"], results["trained"], cost, **told)
             summary["table"] = table.as_dict()
         self.folder.write_summary(summary)
         if table is not None:

@@ -7,15 +7,17 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from rlzoo import registry
 from rlzoo.backends.scripted import ScriptedBackend, respond
-from rlzoo.data.problems import Problem
+from rlzoo.config import build
+from rlzoo.data.problems import Problem, checksum
 from rlzoo.evaluation import job
 from rlzoo.evaluation.job import Plan, evaluate_into
 from rlzoo.evaluation.options import EvalConfig, SegmentOptions
 from rlzoo.evaluation.rows import validate
 from rlzoo.evaluation.runner import SetResult
 from rlzoo.evaluation.suites import Suite
-from rlzoo.evaluation.testsets import SetSpec
+from rlzoo.evaluation.testsets import Hub, SetSpec, answers_checksum
 from rlzoo.evaluation.votes import with_votes
 from rlzoo.report.evaluated import evaluation_grid
 from rlzoo.rewards.math import GraderConfig
@@ -23,6 +25,7 @@ from rlzoo.rewards.reward import Grade
 from rlzoo.store.cost import Ledger
 from rlzoo.store.files import write_aside
 from rlzoo.store.runs import RunFolder, read_rows
+from rlzoo.training.measure import final_suite
 
 PROBLEMS = {
     "easy": [Problem(f"e{i}", f"easy {i}", str(i)) for i in range(4)],
@@ -333,3 +336,24 @@ def test_a_suite_without_one_template_wants_one(monkeypatch):
     with pytest.raises(ValueError, match="the sets of suite both have different templates: chat, plain; choose one"):
         Plan.of(EvalConfig("tiny"))
     assert Plan.of(EvalConfig("tiny", template="plain")).k == Counter(easy=2, hard=2)
+
+
+def test_the_final_suite_of_a_run_comes_from_local_files(tmp_path, monkeypatch):
+    """As that of `rlzoo eval`, under the option's own name."""
+    problems = [Problem(f"p{i}", f"What is {i} + 1?", str(i + 1)) for i in range(3)]
+    made = SetSpec(
+        "mine", 3, checksum(problems), answers_checksum(problems), "none", "plain", 4, GraderConfig(), hub=Hub("o/n", "test", {})
+    )
+    monkeypatch.setattr("rlzoo.evaluation.suites.find_suite", lambda name: Suite(name, (made,), (1.0,), (4,)))
+    (tmp_path / "mine.jsonl").write_text(
+        "".join(json.dumps({"id": p.id, "problem": p.problem, "answer": p.answer}) + "\n" for p in problems)
+    )
+    config = build([("test", {"algo": registry.names("algorithm")[0], "evaluation": {"suite": "some", "data_dir": str(tmp_path)}})])
+    assert final_suite(config) == {"mine": problems}
+    without = build([("", config.to_dict()), ("", {"evaluation": {"data_dir": ""}})])
+    with pytest.raises(ValueError, match=r"mine: no hub revision .* give --evaluation\.data-dir, a folder with mine\.jsonl"):
+        final_suite(without)
+    (tmp_path / "mine.jsonl").write_text("")
+    with pytest.raises(ValueError, match="test set mine"):
+        final_suite(config)
+    assert final_suite(build([("", config.to_dict()), ("", {"evaluation": {"suite": "none"}})])) == {}

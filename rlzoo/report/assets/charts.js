@@ -196,6 +196,6 @@ function startLedger(host, legend) {
       bar.append(part);
     }
     const told = `${total(l).toPrecision(3)} device-hours on ${l.devices} × ${l.device}${l.finished ? "" : ", not finished"}`;
-    host.append(el("div", { class: "ledger-row" }, el("div", { class: "ledger-name" }, el("b", {}, l.run), el("span", {}, told)), el("div", { class: "ledger-track" }, bar)));
+    host.append(el("div", { class: "ledger-row" }, el("div", { class: "ledger-name" }, el("b", {}, l.run), el("span", {}, told)), el("div", { class: "ledger-track" }, bar), ...l.beside.map((line) => el("p", { class: "note" }, line))));
   }
 }
