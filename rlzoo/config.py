@@ -43,7 +43,7 @@ class BackendOptions:
     sleep: bool = False
     """vLLM gives that memory back during updates."""
     timeout_s: float = 45.0
-    """Longest wait for an answer of vLLM, seconds; a run whose engine hangs ends after it and can be resumed."""
+    """Longest wait for an answer of vLLM or a server, seconds; what is under way then ends, and can be resumed."""
 
     def __post_init__(self) -> None:
         _at_least("backend", self, capacity=1, threads=0, max_context=0)
