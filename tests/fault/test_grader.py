@@ -32,6 +32,8 @@ def judge(gold, answer, boxed):
         hoard = []
         while True: hoard.append(bytearray(1 << 24))
     if word == "sleep": time.sleep(1000)
+    if word == "burn":
+        while time.process_time() < 0.2 * int(argument): pass
     if word == "segv": signal.raise_signal(signal.SIGSEGV)
     if word == "kill": signal.raise_signal(signal.SIGKILL)
     if word == "exit": os._exit(3)
@@ -338,7 +340,7 @@ def test_the_cpu_time_of_workers_is_counted() -> None:
     before = children_s()
     with faulty(recycle=3) as grader:
         assert grader.cpu_s == 0
-        grader.grade([boxed(f"x+{i}+1-{i}") for i in range(7)])  # two children end, of the third one pair is told
+        grader.grade([boxed(f"burn:{1 + i % 3}") for i in range(7)])  # .2 s each; two children end, of the third one pair is told
         honest = grader.cpu_s
         assert [v.kind for v in grader.grade([("2", r"\boxed{7^{9^{9^{9}}}}")])] == [Kind.TIMED_OUT]
         assert grader.cpu_s - honest > 0.9, "the pair that ran into its deadline of 1 s counts"

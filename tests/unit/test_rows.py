@@ -228,7 +228,9 @@ def test_a_page_gets_the_tables_between_its_marks(tmp_path, capsys):
         assert block.strip() == tables[tables.index("\n## ") :].replace("\n## ", "\n### ").strip()
 
 
-@pytest.mark.parametrize("text", [None, "no marks", f"{BEGIN} alone", f"{END} then {BEGIN}", f"{BEGIN} {END} {BEGIN} {END}"])
+@pytest.mark.parametrize(
+    "text", [None, "no marks", f"{BEGIN} alone", f"{END} then {BEGIN}", f"{BEGIN} {END} {BEGIN} {END}", f"{BEGIN} {END} {END}"]
+)
 def test_a_page_without_a_place_for_them_is_left_alone(text, tmp_path, capsys):
     results, page = store(tmp_path / "results", row(2)), tmp_path / "page.md"
     if text is not None:
