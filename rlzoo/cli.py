@@ -35,8 +35,19 @@ INTERRUPTED = 130
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit status. RLZOO_TRACEBACK=1 shows where an error came from."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _dispatch(arguments)
+    except KeyboardInterrupt as error:
+        return _complain(str(error) or "interrupted", INTERRUPTED)
+    except (ValueError, OSError) as error:
+        return _complain(one_line(error), USAGE)
+    except RuntimeError as error:
+        return _complain(one_line(error), FAILED)
+
+
+def _dispatch(arguments: Sequence[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
-        print(_overview())
+        print(_overview(), flush=True)
         return 0 if arguments else USAGE
     if arguments[0] in ("-V", "--version"):
         from importlib.metadata import version
@@ -46,14 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     verb, rest = arguments[0], arguments[1:]
     if verb not in VERBS:
         return _complain(f"unknown verb {verb!r}; known: {', '.join(VERBS)}", USAGE)
-    try:
-        return VERBS[verb](rest) or 0
-    except KeyboardInterrupt as error:
-        return _complain(str(error) or "interrupted", INTERRUPTED)
-    except (ValueError, OSError) as error:
-        return _complain(one_line(error), USAGE)
-    except RuntimeError as error:
-        return _complain(one_line(error), FAILED)
+    return VERBS[verb](rest) or 0
 
 
 def _complain(message: str, status: int) -> int:
