@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import torch
 
 from ..backends.protocol import Backend, SamplingParams
-from ..backends.select import open_backend, open_server
+from ..backends.select import choose, open_backend, open_server
 from ..data.problems import Problem
 from ..data.templates import render
 from ..errors import one_line
@@ -117,6 +117,8 @@ def run_eval(config: EvalConfig, *, out: Path | None = None, resume: bool = Fals
     folder = RunFolder(path)
     if resume and (row := folder.summary()) is not None:
         return _ended(path, row, ", finished already: nothing is left to do")
+    if not config.backend_url:
+        choose(config.backend, pick_device(config.backend.device))
     plan = Plan.of(config)
     again = f"rlzoo eval --resume --out {shlex.quote(str(path))}"
     with Interrupts(), locked(path) as made, taken_back(path, made) as stays:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from transformers import set_seed
 
-from ..backends.select import open_backend
+from ..backends.select import choose, open_backend
 from ..config import RunConfig, build
 from ..credit.base import Credit
 from ..data.loading import load_problems
@@ -42,7 +42,7 @@ from .collect import Batch, Collector, GradedTree, describe
 from .exactness import exactness
 from .interrupts import Interrupts
 from .measure import Measurer, final_suite
-from .models import LoadedModel, load_model, weights_sha256
+from .models import LoadedModel, load_model, pick_device, weights_sha256
 from .optim import make_optimizer, make_scheduler
 from .sync import TOLERANCE, Sync
 from .update import NonFiniteError, score, update
@@ -70,6 +70,7 @@ def run(config: RunConfig, *, out: Path | None = None, resume: bool = False) -> 
     path = RunFolder.place(out, name, config.to_dict(), resume=resume, whole=lambda kept, origin: build([(origin, kept)]).to_dict())
     if resume and (summary := RunFolder(path).summary()) is not None:
         return _finished(path, summary)
+    choose(config.backend, pick_device(config.backend.device))
     problems = load_problems(config.problems)
     dev = load_problems(config.evaluation.dev, limit=config.evaluation.dev_problems) if config.evaluation.every else []
     suite = final_suite(config)
