@@ -314,8 +314,8 @@ def _leaderboard(argv: Sequence[str]) -> int:
     """Rank the result rows of a folder: rlzoo leaderboard [--results results]. Writes leaderboard.md and leaderboard.html there."""
 
     def leaderboard(results: Path = Path("results"), page: Path | None = None) -> Callable[[], None]:
-        """Check every row (*.json) below --results and write leaderboard.md and leaderboard.html into it, and its tables between the
-        marks of the Markdown page --page."""
+        """Check every row (*.json) below --results and write leaderboard.md and leaderboard.html into it, and its tables of arms
+        between the marks of the Markdown page --page."""
         from .report.leaderboard import write_leaderboard
 
         return lambda: write_leaderboard(results, page)

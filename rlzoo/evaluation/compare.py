@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -152,8 +152,7 @@ def _pass_at_1(arm: Arm, weights: Mapping[str, float]) -> dict[str, Estimate]:
         if len(arm.seeds) == 1:
             return stratified_mean([arm.scores[name][0] for name in names], share)
         runs = np.average([np.nanmean(arm.scores[name], axis=1) for name in names], axis=0, weights=share)
-        found = t_mean(runs)
-        return Estimate(found.mean, max(found.low, 0.0), min(found.high, 1.0), found.n, found.level, "t over seeds")
+        return replace(t_mean(runs, floor=0.0, ceiling=1.0), method="t over seeds")
 
     return {name: over([name]) for name in arm.scores} | {OVERALL: over(list(arm.scores))}
 

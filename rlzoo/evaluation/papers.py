@@ -166,8 +166,12 @@ def read_rows(results: Path) -> list[ResultRow]:
 def matches(config: Mapping[str, Any], recipe: Mapping[str, Any]) -> bool:
     """Whether a row's config is the recipe's: every option the same but those of APART, and none on one side only but those of
     ABSENT. null and "none" are two spellings of one value."""
-    ours, theirs = _flat(config), _flat(recipe)
-    return all(ours.get(key, ABSENT.get(key)) == theirs.get(key, ABSENT.get(key)) for key in ours.keys() | theirs.keys())
+    return settings(config) == settings(recipe)
+
+
+def settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config's options by dotted name, but those of APART and those that do what was done before they were there (ABSENT)."""
+    return {name: value for name, value in _flat(config).items() if name not in ABSENT or value != ABSENT[name]}
 
 
 def _flat(config: Mapping[str, Any], path: str = "") -> dict[str, Any]:

@@ -121,9 +121,9 @@ def paired_difference(a: ArrayLike, b: ArrayLike, level: float = 0.95) -> Estima
     return Estimate(mean, mean - half, mean + half, n, level, "paired t", t_p_value(mean, error, n - 1))
 
 
-def t_mean(values: ArrayLike, level: float = 0.95, floor: float = -math.inf) -> Estimate:
-    """Mean of few independent values of any scale [values], e.g. one per training seed, with a t interval, not below `floor`; NaN is
-    left out. One value alone says nothing: its interval is endless.
+def t_mean(values: ArrayLike, level: float = 0.95, floor: float = -math.inf, ceiling: float = math.inf) -> Estimate:
+    """Mean of few independent values of any scale [values], e.g. one per training seed, with a t interval, within `floor` and `ceiling`;
+    NaN is left out. One value alone says nothing: its interval is endless.
 
     Raises:
         ValueError: no values.
@@ -132,7 +132,7 @@ def t_mean(values: ArrayLike, level: float = 0.95, floor: float = -math.inf) -> 
     _check_level(level)
     n, mean = len(x), float(x.mean())
     half = t_quantile(level, n - 1) * float(x.std(ddof=1)) / math.sqrt(n) if n > 1 else math.inf
-    return Estimate(mean, max(floor, mean - half), mean + half, n, level, "t")
+    return Estimate(mean, max(floor, mean - half), min(ceiling, mean + half), n, level, "t")
 
 
 def stratified_mean(groups: Sequence[ArrayLike], weights: Sequence[float] | None = None, level: float = 0.95) -> Estimate:

@@ -1,18 +1,21 @@
-"""`rlzoo leaderboard`: the result rows of a folder, ranked; a Markdown page and an HTML page that are functions of the rows alone."""
+"""`rlzoo leaderboard`: the result rows of a folder, arms over seeds and every run, ranked; pages that are functions of the rows alone."""
 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from typing import Any
 
+from ..evaluation.arms import TRAINED
 from ..evaluation.rows import Protocol, ResultRow, read_row
 from ..store.files import write_aside
 from .evaluated import estimate
 from .grid import Grid
+from .seeds import arms_grid
 from .text import count, percent
 
 BASE = "base"
@@ -20,8 +23,9 @@ FINAL = "final"  # how every run calls the folder of its model: the run's name t
 TITLE = "Leaderboard"
 ABOUT = (
     "Made by `rlzoo leaderboard` from every result row (`*.json`) in this folder; nothing is left out. A table holds what was measured "
-    "in the same way on the same problems, ranked by Pass@1. Intervals are 95 %, over problems: they say nothing of the spread between "
-    "training seeds, which is why every seed has its line. Tokens count a shared prefix once; device-hours are devices x wall time."
+    "in the same way on the same problems, ranked by Pass@1. Intervals are 95 %: of an arm over its training seeds, of a run over "
+    "problems; those of runs say nothing of the spread between seeds, which is why every seed has its line too. Tokens count a shared "
+    "prefix once; device-hours are devices x wall time."
 )
 BEGIN = "<!-- made by rlzoo leaderboard --page; do not edit -->"
 END = "<!-- end of the leaderboard -->"
@@ -52,20 +56,29 @@ class Entry:
     @property
     def trained(self) -> bool:
         """Whether the training that the row tells of made this model."""
-        return self.row.training is not None and self.model != BASE
+        return self.row.training is not None and self.model == TRAINED
+
+
+@dataclass(frozen=True, slots=True)
+class Tables:
+    """What was measured alike: its trained arms over seeds (None: none has two seeds), and every run and model."""
+
+    arms: Grid | None
+    runs: Grid
 
 
 def write_leaderboard(results: Path, into: Path | None = None) -> None:
-    """Write `leaderboard.md` and `leaderboard.html` into `results` from the rows below it, and its tables `into` the place for them in
-    another Markdown page.
+    """Write `leaderboard.md` and `leaderboard.html` into `results` from the rows below it, and its tables of arms `into` the place for
+    them in another Markdown page.
 
     Raises:
         ValueError: no such folder, no row in it, a file that is not a row (named with the field), or a page without that place.
     """
-    grids = leaderboard(results)
-    told = {results / "leaderboard.md": f"# {TITLE}\n\n{ABOUT}\n\n{_tables(grids)}", results / "leaderboard.html": page(grids)}
+    tables = leaderboard(results)
+    grids = [grid for own in tables for grid in (own.arms, own.runs) if grid is not None]
+    told = {results / "leaderboard.md": f"# {TITLE}\n\n{ABOUT}\n\n{_markdown(grids)}", results / "leaderboard.html": page(grids)}
     if into is not None:
-        told[into] = filled(into, grids)
+        told[into] = filled(into, results, tables)
     for path, text in told.items():
         write_aside(path, text)
     for grid in grids:
@@ -73,12 +86,13 @@ def write_leaderboard(results: Path, into: Path | None = None) -> None:
     print(f"written: {', '.join(map(str, told))}")
 
 
-def _tables(grids: Sequence[Grid], level: int = 2) -> str:
+def _markdown(grids: Sequence[Grid], level: int = 2) -> str:
     return "\n".join(grid.markdown(level) for grid in grids)
 
 
-def filled(path: Path, grids: Sequence[Grid]) -> str:
-    """The text of a Markdown page with the tables between its two marks (`BEGIN`, `END`), under headings of the third level.
+def filled(path: Path, results: Path, tables: Sequence[Tables]) -> str:
+    """The text of a Markdown page with the tables of arms between its two marks (`BEGIN`, `END`), under headings of the third level, and a
+    link to `leaderboard.md` in `results`.
 
     Raises:
         ValueError: the page cannot be read, or has not each mark once, in this order.
@@ -91,11 +105,13 @@ def filled(path: Path, grids: Sequence[Grid]) -> str:
     _, end, after = rest.partition(END)
     if not begin or not end or BEGIN in rest or END in before + after:
         raise ValueError(f"{path} has no place for the leaderboard: it needs the lines {BEGIN} and {END}, once and in this order")
-    return f"{before}{BEGIN}\n\n{_tables(grids, 3)}\n{END}{after}"
+    place = Path(os.path.relpath(results / "leaderboard.md", path.parent)).as_posix()
+    arms = _markdown([own.arms for own in tables if own.arms is not None], 3) or "No arm has two seeds yet.\n"
+    return f"{before}{BEGIN}\n\n{arms}\nEvery run and every model before training: [{place}]({place}).\n\n{END}{after}"
 
 
-def leaderboard(results: Path) -> list[Grid]:
-    """A table per suite and way of measuring, in that order.
+def leaderboard(results: Path) -> list[Tables]:
+    """Tables per suite and way of measuring, in that order.
 
     Raises:
         ValueError: see `write_leaderboard`.
@@ -109,7 +125,7 @@ def leaderboard(results: Path) -> list[Grid]:
     groups: dict[tuple[str, ...], list[Entry]] = {}
     for entry in sorted(entries, key=lambda e: (e.group, -e.pass_at_1, e.name, e.row.seed, e.file)):
         groups.setdefault(entry.group, []).append(entry)
-    return [_grid(group, _once(members)) for group, members in groups.items()]
+    return [_tables(group, _once(members)) for group, members in groups.items()]
 
 
 def _entries(results: Path, path: Path) -> list[Entry]:
@@ -143,6 +159,14 @@ def _once(entries: Sequence[Entry]) -> list[Entry]:
             kept.append(entry)
         seen.add(outcome)
     return kept
+
+
+def _tables(group: tuple[str, ...], entries: Sequence[Entry]) -> Tables:
+    suite, how, _ = group
+    title = f"Arms, over training seeds: suite {suite}, {entries[0].row.protocol.engine}"
+    start = [f"before training: {e.name} {percent(estimate(e.plain['overall'][BASE]['pass_at_1']))}" for e in entries if e.model == BASE]
+    notes = [*dict.fromkeys(start), how]  # a base model stands there again where the votes of one run were not counted
+    return Tables(arms_grid(title, [e.row for e in entries if e.trained], notes), _grid(group, entries))
 
 
 def _grid(group: tuple[str, ...], entries: Sequence[Entry]) -> Grid:

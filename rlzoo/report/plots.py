@@ -46,15 +46,19 @@ class RunData:
         return int(self.config.get("seed", 0))
 
 
+def learned(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What learning sees of a config: all but `INDIFFERENT` and where test sets were; of the backend its dtype."""
+    seen = {name: value for name, value in config.items() if name not in INDIFFERENT}
+    seen["evaluation"] = {name: value for name, value in config.get("evaluation", {}).items() if name != "data_dir"}
+    return seen | {"backend": {"dtype": config.get("backend", {}).get("dtype")}}
+
+
 def arms(runs: Sequence[RunData]) -> dict[str, list[RunData]]:
     """Runs that differ in nothing but the seed and what learning does not see (`INDIFFERENT`), under one name: the algorithm's, and
     where it has several arms also the label of the arm's first run."""
     found: dict[str, list[RunData]] = defaultdict(list)
     for run in runs:
-        settings = {name: value for name, value in run.config.items() if name not in INDIFFERENT}
-        settings["evaluation"] = {name: value for name, value in settings.get("evaluation", {}).items() if name != "data_dir"}
-        dtype = run.config.get("backend", {}).get("dtype")
-        found[json.dumps([settings, dtype], sort_keys=True)].append(run)
+        found[json.dumps(learned(run.config), sort_keys=True)].append(run)
     often = Counter(members[0].algorithm for members in found.values())
     return {m[0].algorithm if often[m[0].algorithm] == 1 else f"{m[0].algorithm} ({m[0].label})": m for m in found.values()}
 

@@ -6,63 +6,14 @@ import json
 import re
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from rlzoo.cli import main
-from rlzoo.data.problems import Problem
-from rlzoo.evaluation.rows import Protocol, config_hash, describe_sets, overall, read_row, result_row, validate
-from rlzoo.evaluation.runner import SetResult
+from rlzoo.evaluation.rows import config_hash, overall, read_row, validate
 from rlzoo.evaluation.stats import stratified_mean
-from rlzoo.evaluation.suites import Suite
-from rlzoo.evaluation.testsets import Hub, SetSpec
 from rlzoo.report.leaderboard import BEGIN, END, filled, leaderboard
-from rlzoo.rewards.math import GraderConfig
 from rlzoo.store.cost import Ledger
-from rlzoo.store.environment import environment
-from rlzoo.store.runs import to_json
-
-PROBLEMS = {name: [Problem(f"{name}{i}", f"{name} {i}?", str(i)) for i in range(n)] for name, n in (("one", 3), ("two", 5))}
-HUB = Hub("owner/two", "test", {}, revision="abc")
-SETS = (
-    SetSpec("one", 3, "0", "0", "none", "plain", 4, GraderConfig(), generator="some:thing", seed=7),
-    SetSpec("two", 5, "0", "0", "none", "plain", 4, GraderConfig(), hub=HUB),
-)
-SUITE = Suite("both", SETS, (3.0, 5.0), (4, 4))
-
-
-def result(name, right, k=4, votes=True):
-    n = len(PROBLEMS[name])
-    correct = (np.arange(n * k).reshape(n, k) % 7 < right).astype(float)
-    lengths = np.arange(n * k, dtype=np.int32).reshape(n, k) + 5
-    kinds = {"right": int(correct.sum()), "unparsable": 2, "wrong": int(n * k - correct.sum() - 2)}
-    ids = tuple(p.id for p in PROBLEMS[name])
-    return SetResult(
-        name, ids, 1.0, correct, lengths, lengths > 20, kinds, int(lengths.sum()), None, correct.mean(axis=1) if votes else None
-    )
-
-
-def protocol(**changes):
-    given = {"template": "plain", "grader": "g 1", "k": {"one": 4, "two": 4}, "greedy": False, "temperature": 1.0, "vote": None, "seed": 0}
-    given |= {"max_response_tokens": 64, "sampler": {"name": "chains", "top_p": 1.0}, "engine": "torch float32"}
-    return Protocol(**(given | changes))
-
-
-def row(right=3, seed=0, model="some/model", **changes):
-    config = {"model": model, "seed": seed, "suite": "both", "nested": {"a": [1, 2.5], "é": None}}
-    made = result_row(
-        kind="eval",
-        arm="model",
-        config=config,
-        suite="both",
-        testsets=describe_sets(SUITE, PROBLEMS),
-        protocol=protocol(**changes),
-        results={"model": {name: result(name, right) for name in PROBLEMS}},
-        weights=SUITE.weights_by_set,
-        ledger=Ledger(2, "cpu core").as_dict(),
-        environment=environment(),
-    )
-    return json.loads(to_json(made))
+from tests.rows import PROBLEMS, result, row, store
 
 
 def test_a_row_is_valid_and_says_what_was_measured():
@@ -152,16 +103,9 @@ def test_what_does_not_fit_the_schema_is_named(change, message, tmp_path):
         read_row(tmp_path / "bad.json")
 
 
-def store(folder, *rows):
-    folder.mkdir(exist_ok=True)
-    for i, each in enumerate(rows):
-        (folder / f"row{i}.json").write_text(json.dumps(each))
-    return folder
-
-
 def test_the_leaderboard_ranks_what_was_measured_alike(tmp_path):
     rows = [row(2, seed=1), row(5, seed=2), row(4, template="chat"), row(3, seed=3, vote="string")]
-    alike, other = sorted(leaderboard(store(tmp_path / "results", *rows)), key=lambda g: -len(g.rows))
+    alike, other = sorted((own.runs for own in leaderboard(store(tmp_path / "results", *rows))), key=lambda g: -len(g.rows))
     assert [line[2] for line in alike.rows] == ["2", "3", "1"] and [line[0] for line in alike.rows] == ["1", "2", "3"]
     shares = [float(line[3].split()[0]) for line in alike.rows]
     assert shares == sorted(shares, reverse=True) and len(set(shares)) == 3
@@ -179,7 +123,8 @@ def test_a_base_model_stands_there_once(tmp_path):
         ledger["device_seconds"]["update"], ledger["device_hours"] = 7200.0, 2.0
         trained.append(plain | {"kind": "run", "algo": "some", "training": ledger, "sampled_tokens": 1234567})
         trained[-1]["arm"]["name"] = "some"
-    (grid,) = leaderboard(store(tmp_path / "results", *trained))
+    (tables,) = leaderboard(store(tmp_path / "results", *trained))
+    grid = tables.runs
     assert [line[1] for line in grid.rows] == ["some", "some", "some/model"]
     assert [line[9:11] for line in grid.rows] == [["1.23M", "2.000 (2 x cpu core)"]] * 2 + [["-", "-"]]
 
@@ -216,7 +161,7 @@ def test_a_row_that_is_none_is_one_sentence_and_no_page_changes(text, message, t
     assert (results / "leaderboard.md").read_text() == "as it was" and not (results / "leaderboard.html").exists()
 
 
-def test_a_page_gets_the_tables_between_its_marks(tmp_path, capsys):
+def test_a_page_gets_its_place_filled_between_its_marks(tmp_path, capsys):
     results, page = store(tmp_path / "results", row(2), row(3)), tmp_path / "page.md"
     page.write_text(f"# Mine\n\n{BEGIN}\nold\n{END}\n\nthe end\n")
     for _ in range(2):
@@ -224,8 +169,8 @@ def test_a_page_gets_the_tables_between_its_marks(tmp_path, capsys):
         before, _, rest = page.read_text().partition(BEGIN)
         block, _, after = rest.partition(END)
         assert (before, after) == ("# Mine\n\n", "\n\nthe end\n") and "old" not in block
-        tables = (results / "leaderboard.md").read_text()
-        assert block.strip() == tables[tables.index("\n## ") :].replace("\n## ", "\n### ").strip()
+        link = "[results/leaderboard.md](results/leaderboard.md)"
+        assert block.strip() == f"No arm has two seeds yet.\n\nEvery run and every model before training: {link}."
 
 
 @pytest.mark.parametrize(
@@ -244,17 +189,20 @@ def test_a_page_without_a_place_for_them_is_left_alone(text, tmp_path, capsys):
 
 def test_the_committed_pages_are_those_of_the_committed_rows():
     root = Path(__file__).parents[2]
-    grids = leaderboard(root / "results")
-    assert filled(root / "README.md", grids) == (root / "README.md").read_text(), "run: rlzoo leaderboard --page README.md"
+    tables = leaderboard(root / "results")
+    assert filled(root / "README.md", root / "results", tables) == (root / "README.md").read_text(), (
+        "run: rlzoo leaderboard --page README.md"
+    )
     told = (root / "results" / "leaderboard.md").read_text()
+    grids = [grid for own in tables for grid in (own.arms, own.runs) if grid]
     assert told.endswith("\n".join(grid.markdown() for grid in grids)), "run: rlzoo leaderboard --page README.md"
 
 
 def test_a_run_s_own_model_has_the_run_s_name(tmp_path):
     plain = row(2, model="runs/mine-s0/final")
     plain["arm"]["name"] = "final"
-    (grid,) = leaderboard(store(tmp_path / "results", plain))
-    assert grid.rows[0][1] == "mine-s0/final"
+    (tables,) = leaderboard(store(tmp_path / "results", plain))
+    assert tables.arms is None and tables.runs.rows[0][1] == "mine-s0/final"
 
 
 def test_no_folder_no_leaderboard(tmp_path, capsys):

@@ -64,7 +64,7 @@ def test_t_mean_against_scipy():
     x = np.random.default_rng(0).normal(100, 20, 5)
     got, expected = stats.t_mean(x), scipy_stats.ttest_1samp(x, 0).confidence_interval(0.95)
     assert (got.low, got.high) == pytest.approx((expected.low, expected.high))
-    assert stats.t_mean([1.0, 3.0], floor=0).low == 0
+    assert stats.t_mean([1.0, 3.0], floor=0).low == 0 and stats.t_mean([1.0, 3.0], ceiling=4).high == 4
     assert (stats.t_mean([2.0]).low, stats.t_mean([2.0]).high) == (-math.inf, math.inf)
 
 
