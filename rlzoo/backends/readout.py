@@ -17,14 +17,12 @@ _ROWS = 256  # of the identity at once
 
 def stale_weights(
     model: Any, named: Iterable[tuple[str, Tensor]], fused: Mapping[str, Sequence[str]], tied: Mapping[str, str]
-) -> list[str]:
-    """Names of the given weights that are not what the engine's `model` computes with, after rounding to its type.
+) -> list[str] | None:
+    """Names of the given weights that are not what the engine's `model` computes with, after rounding to its type; None where nothing
+    read is stale, but some weight has no module of its name in the engine (experts that are fused into one, say).
 
     `fused`: engine's layer -> the layers it consists of, in order, by the last part of their names ("qkv_proj": "q_proj", ...).
     `tied`: name of a weight that the trainer does not list -> name of the one it is tied to.
-
-    Raises:
-        ValueError: the engine has no module for a weight.
     """
     weights = {name: value.detach() for name, value in named}
     weights |= {name: weights[source] for name, source in tied.items() if source in weights}
@@ -36,12 +34,11 @@ def stale_weights(
         above, _, last = path.rpartition(".")
         layer, place = whole.get(last, (last, 0))
         module = f"{above}.{layer}" if above else layer
-        if module not in modules:
-            raise ValueError(f"the engine's model has no module {module!r} for the weight {name!r}")
         groups.setdefault((module, kind), []).append((place, name))
+    readable = {key: parts for key, parts in groups.items() if key[0] in modules}
     stale: list[str] = []
     with torch.inference_mode():
-        for (module, kind), parts in groups.items():
+        for (module, kind), parts in readable.items():
             names = [name for _, name in sorted(parts)]
             held = _weight(modules[module]) if kind == "weight" else getattr(modules[module], kind)
             row = 0
@@ -51,7 +48,7 @@ def stale_weights(
                 row += len(want)
                 if have.shape != want.shape or not torch.equal(have.to(want.device, want.dtype), _rounded(want, have.dtype)):
                     stale.append(name)
-    return stale
+    return stale or (None if len(readable) < len(groups) else [])
 
 
 def _rounded(value: Tensor, dtype: torch.dtype) -> Tensor:

@@ -248,12 +248,13 @@ class VllmBackend:
         self._asleep, self.version = False, version
         return Receipt(version, len(named), sum(value.nbytes for _, value in named), time.perf_counter() - begun)
 
-    def stale_weights(self, named_parameters: Iterable[tuple[str, Tensor]]) -> list[str]:
-        """Names of the given weights that are not what the engine computes with, read back through its own kernels."""
+    def stale_weights(self, named_parameters: Iterable[tuple[str, Tensor]]) -> list[str] | None:
+        """Names of the given weights that are not what the engine computes with, read back through its own kernels; None where some
+        cannot be found there."""
         named = [(name, value.detach()) for name, value in named_parameters]
         first = {id(own): name for name, own in reversed(self._own.items())}
         tied = {name: first[id(own)] for name, own in self._own.items() if first[id(own)] != name}
-        found: list[str] = self._call(lambda: self._engine.stale(named, tied), "reading weights back", START_S)
+        found: list[str] | None = self._call(lambda: self._engine.stale(named, tied), "reading weights back", START_S)
         return found
 
     def rest(self) -> None:

@@ -73,11 +73,11 @@ class InProcessEngine:
         if not self.llm.reset_prefix_cache():
             raise RuntimeError("the prefix cache could not be emptied")
 
-    def stale(self, named: Sequence[tuple[str, Tensor]], tied: Mapping[str, str]) -> list[str]:
-        def read(model: Any) -> list[str]:
+    def stale(self, named: Sequence[tuple[str, Tensor]], tied: Mapping[str, str]) -> list[str] | None:
+        def read(model: Any) -> list[str] | None:
             return stale_weights(model, named, getattr(model, "packed_modules_mapping", {}), tied)
 
-        found: list[str] = self.llm.apply_model(read)[0]
+        found: list[str] | None = self.llm.apply_model(read)[0]
         return found
 
     def all_logprobs(self, ids: list[int], vocabulary: int) -> Tensor:

@@ -144,7 +144,7 @@ def _teacher_forced(model: Any, sampled: Sequence[tuple[np.ndarray[Any, Any], Se
 def _stale(backend: Backend, model: Any) -> list[str] | None:
     """Names of weights that the engine knows to differ from the module's; None if it cannot tell."""
     tell = getattr(backend, "stale_weights", None)
-    return None if tell is None else list(tell(model.named_parameters()))
+    return None if tell is None else tell(model.named_parameters())
 
 
 def _suspect(stale: list[str] | None) -> str:
