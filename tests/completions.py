@@ -112,6 +112,7 @@ class _Handler(BaseHTTPRequestHandler):
             if not body.get("stream"):
                 return self.reply(200, served.scores(body))
             self.send_response(200)
+            self.send_header("Content-Type", "text/event-stream")
             self.send_header("Transfer-Encoding", "chunked")
             self.end_headers()
             for event in served.events(body):
@@ -119,7 +120,7 @@ class _Handler(BaseHTTPRequestHandler):
                 if spoilt is None:
                     self.close_connection = True
                     return None
-                self.chunk(b"data: " + json.dumps(spoilt).encode() + b"\n\n")
+                self.chunk(b"data: " + json.dumps(spoilt, ensure_ascii=False).encode() + b"\n\n")
             self.ended()  # before the client knows
             self.chunk(b"data: [DONE]\n\n")
             self.chunk(b"")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from contextlib import closing
 from typing import Any
@@ -209,6 +210,11 @@ def test_a_server_that_will_not_do_is_found_out_before_anything_is_sampled(spoil
     assert served.url in str(caught.value) and "\n" not in str(caught.value)
 
 
+def test_an_event_goes_on_after_the_line_separators_of_unicode(connect, served):
+    served.spoil = put(text="a\u2028b\u2029c\x85d")
+    drain(connect(), [SegmentRequest(5, 4, [7], 5, 0)])
+
+
 def test_ids_may_come_as_names(connect, served):
     served.spoil = without("token_ids", "prompt_token_ids")
     drain(connect(), [SegmentRequest(5, 4, [7], 5, 0)])
@@ -267,7 +273,9 @@ def test_a_named_model_needs_no_list(connect, served):
         ("ftp://host", "is not the address of a server"),
         ("http://", "is not the address of a server"),
         ("http://host:port", "expected http://HOST:PORT"),
+        ("http://host:65536", "expected http://HOST:PORT"),
         ("http://me:secret@host", "set RLZOO_API_KEY instead"),
+        ("http://me:secret@host:port", "set RLZOO_API_KEY instead"),
     ],
 )
 def test_bad_addresses(url, message):
@@ -359,6 +367,44 @@ def test_a_server_that_accepts_and_says_nothing_is_not_asked_again(connect, serv
     with pytest.raises(ValueError, match=r"no answer from the server at .*: timed out"):
         connect(timeout_s=0.1)
     assert len(served.bodies) == 1
+
+
+def test_an_abandoned_call_wakes_who_waits_before_the_server_said_a_word(served):
+    awake, call = threading.Event(), wire.Call()
+    served.before = lambda nth: 503 if awake.wait(5.0) else 500
+
+    def wait():
+        with pytest.raises(wire.ServerError, match="no answer from the server at"):
+            wire.Server(served.url).stream("/v1/completions", {}, list, call)
+        awake.set()
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    assert until(lambda: served.running == 1)
+    call.abandon()
+    thread.join(2.0)
+    assert awake.is_set() and len(served.bodies) == 1
+
+
+def test_a_call_abandoned_before_it_begins_is_not_tried_again(served):
+    told: list[str] = []
+
+    class Told(wire.Call):
+        def trace(self, event, info):
+            told.append(event)
+            super().trace(event, info)
+
+    call = Told()
+    call.abandon()
+    with pytest.raises(wire.ServerError, match="no answer from the server at"):
+        wire.Server(served.url).stream("/v1/completions", {}, list, call)
+    assert told.count("connection.connect_tcp.complete") == 1 and not served.bodies
+
+
+def test_proxies_of_the_environment_are_left_alone(served, monkeypatch):
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    assert wire.Server(served.url).ask("/version", timeout_s=5) == {"version": "1"}
 
 
 def test_nobody_there(tiny_tokenizer):
