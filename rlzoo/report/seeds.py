@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from .. import registry
+from ..config import build
 from ..evaluation.arms import TRAINED
 from ..evaluation.papers import ABSENT, settings
 from ..evaluation.rows import ResultRow
@@ -94,10 +96,19 @@ def arms_grid(title: str, rows: Sequence[ResultRow], notes: Sequence[str]) -> Gr
 
 
 def _apart(arm: SeedArm, arms: Sequence[SeedArm]) -> str:
-    """What tells an arm from the others of its algorithm: its own values of the options in which they differ."""
-    alike = [other for other in arms if other.name == arm.name]
-    differing = [k for k in sorted({k for other in alike for k in other.options}) if any(o.option(k) != arm.option(k) for o in alike)]
+    """What tells an arm from its algorithm's defaults, or, where that is not registered here, from the others of the algorithm: its own
+    values of the options in which they differ."""
+    alike = _defaults(arm.name) or [other for other in arms if other.name == arm.name]
+    every = sorted({key for other in (arm, *alike) for key in other.options})
+    differing = [key for key in every if any(other.option(key) != arm.option(key) for other in alike)]
     return ", ".join(f"{key} {_value(arm.option(key))}" for key in differing if arm.option(key) is not None)
+
+
+def _defaults(algorithm: str) -> list[SeedArm]:
+    """What choosing a registered algorithm and nothing else is; none for one that is not."""
+    if algorithm not in registry.names("algorithm"):
+        return []
+    return [SeedArm(algorithm, settings(learned(build([("defaults", {"algo": algorithm})]).to_dict())), [])]
 
 
 def _value(value: Any) -> str:

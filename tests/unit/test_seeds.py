@@ -121,3 +121,21 @@ def test_another_engine_is_another_table_and_a_page_has_the_arms_alone(tmp_path)
     assert headings == [f"## {title}" for title in ("Suite both", told[0], "Suite both", told[1], "Suite both")]
     for text in (everything, html):
         assert all(text.count(title) == 1 for title in told) and text.count("row3.json") == 1
+
+
+def test_an_arm_of_a_registered_algorithm_shows_how_it_differs_from_the_defaults(monkeypatch):
+    usual = {"schedule": {"steps": 40}, "credit": {"name": "group", "levels": "all"}}
+    changes = [
+        {},
+        {"credit": {"name": "group", "levels": "root"}},
+        {"schedule": {"steps": 40, "limit": "tokens", "budget": 5.0}},
+        {"credit": {"name": "other", "weight": 2}},
+    ]
+    monkeypatch.setattr("rlzoo.report.seeds._defaults", lambda name: seed_arms([validate(trained(0, 0.5, **usual))]))
+    rows = [trained(seed, 0.5, **(usual | change)) for change in changes for seed in (0, 1)]
+    assert {line["arm"] for line in cells(*rows)} == {
+        "some",
+        "some (credit.levels root)",
+        "some (schedule.budget 5, schedule.limit tokens)",
+        "some (credit.name other, credit.weight 2)",  # the options of its own part, and none of the one that it took the place of
+    }

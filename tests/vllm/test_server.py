@@ -22,7 +22,7 @@ from rlzoo.backends.select import open_server
 from rlzoo.backends.torch import TorchBackend
 from rlzoo.cli import main
 from rlzoo.config import BackendOptions
-from rlzoo.evaluation import job
+from rlzoo.evaluation import job as eval_job
 from rlzoo.evaluation.rows import read_row
 from rlzoo.evaluation.suites import Suite
 from rlzoo.sampling.chains import Chains
@@ -160,7 +160,7 @@ def test_a_server_that_dies_or_hangs_ends_the_evaluation_and_it_goes_on(number, 
     out, whole = tmp_path / "eval", Suite.load
     monkeypatch.setattr(Suite, "load", lambda self, data_dir=None: {name: p[:30] for name, p in whole(self, data_dir).items()})
     begun: list[float] = []
-    written = job.to_json
+    written = eval_job.to_json
 
     def struck(row: Any, **options: Any) -> str:
         if "response" in row and not begun and len(read_rows(out / "samples.jsonl")) > 10:
@@ -168,7 +168,7 @@ def test_a_server_that_dies_or_hangs_ends_the_evaluation_and_it_goes_on(number, 
             server.signal(number)
         return str(written(row, **options))
 
-    monkeypatch.setattr(job, "to_json", struck)
+    monkeypatch.setattr(eval_job, "to_json", struck)
     job = ["eval", "tiny", "--k", "4", "--backend.threads", "1", "--backend.capacity", "16", "--backend.timeout-s", "20"]
     try:
         assert main([*job, "--backend-url", server.url, "--out", str(out)]) == 1
