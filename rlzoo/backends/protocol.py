@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -53,6 +53,23 @@ class SegmentRequest:
     max_tokens: int
     seed: int
     params: SamplingParams = field(default_factory=SamplingParams)
+
+
+def check_request(request: SegmentRequest, max_context: int, known: Container[int]) -> None:
+    """What every engine asks of a request; `known`: ids that are in use.
+
+    Raises:
+        ValueError: see `Backend.submit`.
+    """
+    n = len(request.context)
+    if n == 0 or request.max_tokens < 1:
+        raise ValueError(f"request {request.id} has {n} context tokens and max_tokens {request.max_tokens}; both must be at least 1")
+    if n + request.max_tokens > max_context:
+        raise ValueError(
+            f"request {request.id}: context of {n} tokens + max_tokens {request.max_tokens} exceeds the model's context of {max_context}"
+        )
+    if request.id in known or request.id == request.parent:
+        raise ValueError(f"request id {request.id} is in use already")
 
 
 @dataclass(frozen=True, slots=True, eq=False)

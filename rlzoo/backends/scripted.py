@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..tree import Float32, Float64, Stop, Tree
 from .drawing import Filters, draw, end_ids, forbidden_ids, log_probs, uniforms
-from .protocol import BackendStats, Receipt, SamplingParams, SegmentRequest, SegmentResult
+from .protocol import BackendStats, Receipt, SamplingParams, SegmentRequest, SegmentResult, check_request
 
 Script = Callable[[Sequence[int], int], Sequence[int]]
 """(context ids, request seed) -> ids that follow; log-probs are 0, as of a certain event."""
@@ -61,15 +61,7 @@ class ScriptedBackend:
 
     def submit(self, requests: Iterable[SegmentRequest]) -> None:
         for r in requests:
-            n = len(r.context)
-            if n == 0 or r.max_tokens < 1:
-                raise ValueError(f"request {r.id} has {n} context tokens and max_tokens {r.max_tokens}; both must be at least 1")
-            if n + r.max_tokens > self.max_context:
-                raise ValueError(
-                    f"request {r.id}: context of {n} tokens + max_tokens {r.max_tokens} exceeds the context of {self.max_context}"
-                )
-            if any(r.id == other.id for other in [*self._queue, *(p.request for p in self._rows)]):
-                raise ValueError(f"request id {r.id} is in use already")
+            check_request(r, self.max_context, [other.id for other in (*self._queue, *(p.request for p in self._rows))])
             self._queue.append(r)
 
     def step(self) -> list[SegmentResult]:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..tree import Float32, Float64, Int32, Stop, Tree
 from .drawing import forbidden_ids
-from .protocol import BackendStats, Receipt, SamplingParams, SegmentRequest, SegmentResult
+from .protocol import BackendStats, Receipt, SamplingParams, SegmentRequest, SegmentResult, check_request
 from .scoring import score_trees
 from .wire import Call, Server, ServerError
 
@@ -187,16 +187,7 @@ class ServerBackend:
             RuntimeError: the server's log-probs are not those of the distribution asked for.
         """
         for request in requests:
-            n = len(request.context)
-            if n == 0 or request.max_tokens < 1:
-                raise ValueError(f"request {request.id}: {n} context tokens, max_tokens {request.max_tokens}; both must be at least 1")
-            if n + request.max_tokens > self.max_context:
-                raise ValueError(
-                    f"request {request.id}: context of {n} tokens + max_tokens {request.max_tokens} "
-                    f"exceeds the context of {self.max_context}"
-                )
-            if request.id in self._flying:
-                raise ValueError(f"request id {request.id} is in use already")
+            check_request(request, self.max_context, self._flying)
             self._check(request.params)
             if not self._flying:
                 self._heard = time.monotonic()

@@ -23,7 +23,7 @@ from torch import Tensor
 from ..tree import Float32, Float64, Int32, Stop, Tree
 from .calls import EngineError, EngineThread
 from .drawing import end_ids, forbidden_ids, log_probs
-from .protocol import BackendStats, Receipt, SamplingParams, SegmentRequest, SegmentResult, TraceRow
+from .protocol import BackendStats, Receipt, SamplingParams, SegmentRequest, SegmentResult, TraceRow, check_request
 from .scoring import score_trees
 from .weights import context_length, match_weights
 
@@ -159,26 +159,14 @@ class VllmBackend:
         """Queue requests; see the protocol."""
         added = []
         for request in requests:
-            self._check(request)
+            check_request(request, self.max_context, self._flying)
+            if (heat := request.params.temperature) and not COLDEST <= heat <= HOTTEST:
+                raise ValueError(f"temperature is {heat}; vLLM allows 0 (greedy) and {COLDEST} to {HOTTEST:g}")
             self._flying[request.id] = request
             added.append((str(request.id), _ids(request.context), self._params(request)))
         if added:
             self._admitted += [int(key) for key, _, _ in added]
             self._call(lambda: self._engine.add(added), "taking requests")
-
-    def _check(self, request: SegmentRequest) -> None:
-        n = len(request.context)
-        if n == 0 or request.max_tokens < 1:
-            raise ValueError(f"request {request.id} has {n} context tokens and max_tokens {request.max_tokens}; both must be at least 1")
-        if n + request.max_tokens > self.max_context:
-            raise ValueError(
-                f"request {request.id}: context of {n} tokens + max_tokens {request.max_tokens} "
-                f"exceeds the model's context of {self.max_context}"
-            )
-        if request.id in self._flying or request.id == request.parent:
-            raise ValueError(f"request id {request.id} is in use already")
-        if (heat := request.params.temperature) and not COLDEST <= heat <= HOTTEST:
-            raise ValueError(f"temperature is {heat}; vLLM allows 0 (greedy) and {COLDEST} to {HOTTEST:g}")
 
     def _params(self, request: SegmentRequest) -> dict[str, Any]:
         params = request.params

@@ -11,7 +11,7 @@ import numpy as np
 
 from ..tree import Int32
 from .kvcache import Key
-from .protocol import SegmentRequest
+from .protocol import SegmentRequest, check_request
 
 
 @dataclass(slots=True)
@@ -60,16 +60,8 @@ class Waiting:
         Raises:
             ValueError: see `Backend.submit`; or its context is not that of the siblings it names.
         """
+        check_request(request, self.max_context, self.known)
         n = len(request.context)
-        if n == 0 or request.max_tokens < 1:
-            raise ValueError(f"request {request.id} has {n} context tokens and max_tokens {request.max_tokens}; both must be at least 1")
-        if n + request.max_tokens > self.max_context:
-            raise ValueError(
-                f"request {request.id}: context of {n} tokens + max_tokens {request.max_tokens} "
-                f"exceeds the model's context of {self.max_context}"
-            )
-        if request.id in self.known or request.id == request.parent:
-            raise ValueError(f"request id {request.id} is in use already")
         above = self.known.get(request.parent) or Known(None, n)
         key, context = (request.parent, n), np.asarray(request.context, np.int32)
         queue = self._fresh if above.parent is None else self._forks

@@ -147,7 +147,7 @@ def test_it_takes_no_weights(connect):
     [
         (SegmentRequest(5, 4, [], 3, 0), "0 context tokens"),
         (SegmentRequest(5, 4, [7], 0, 0), "max_tokens 0"),
-        (SegmentRequest(5, 4, [7] * 500, 20, 0), "exceeds the context of 512"),
+        (SegmentRequest(5, 4, [7] * 500, 20, 0), "exceeds the model's context of 512"),
     ],
 )
 def test_impossible_requests_are_refused(request_, message, connect):
