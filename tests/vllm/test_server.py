@@ -59,10 +59,16 @@ class VllmServer:
         command += ["--dtype", "float32", "--enforce-eager", "--host", "127.0.0.1", "--port", str(port), "--block-size", "32", *flags]
         with log.open("w") as file:
             self.process = subprocess.Popen(command, env=os.environ | QUIET, stdout=file, stderr=file, start_new_session=True)
+        try:
+            self._wait(log)
+        except BaseException:  # a time limit on the test, too
+            self.kill()
+            raise
+
+    def _wait(self, log: Path) -> None:
         end = time.monotonic() + STARTS_WITHIN_S
         while "Application startup complete" not in log.read_text():
             if self.process.poll() is not None or time.monotonic() > end:
-                self.kill()
                 pytest.fail(f"vLLM's server did not start: {log.read_text()[-2000:]}")
             time.sleep(0.5)
 
