@@ -56,7 +56,21 @@ class VllmServer:
             port = free.getsockname()[1]
         self.url = f"http://127.0.0.1:{port}"
         command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", resolve("tiny"), "--served-model-name", "tiny"]
-        command += ["--dtype", "float32", "--enforce-eager", "--host", "127.0.0.1", "--port", str(port), "--block-size", "32", *flags]
+        # With seeds, vLLM on a CPU fails at a prompt that is cut into chunks.
+        whole = ["--no-enable-chunked-prefill", "--max-num-batched-tokens", "4096"]
+        command += [
+            "--dtype",
+            "float32",
+            "--enforce-eager",
+            "--host",
+            "127.0.0.1",
+            "--port",
+            str(port),
+            "--block-size",
+            "32",
+            *whole,
+            *flags,
+        ]
         with log.open("w") as file:
             self.process = subprocess.Popen(command, env=os.environ | QUIET, stdout=file, stderr=file, start_new_session=True)
         try:
