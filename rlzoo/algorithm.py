@@ -62,7 +62,7 @@ class Algorithm:
     schedule: Schedule = field(default_factory=Schedule)
 
     def __post_init__(self) -> None:
-        provided = self.sampler.provides | self.shaping.provides | {"ref_logprobs"}
+        provided = self.sampler.provides | self.shaping.provides | {"ref_logprobs", "entropy"}
         for part, need in ((self.credit, self.credit.needs), (self.loss, self.loss.needs)):
             for missing in sorted(need - provided):
                 kind = "credit" if part is self.credit else "loss"

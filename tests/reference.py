@@ -54,6 +54,7 @@ class Options:
     clip_high: float = 0.2
     dual_clip: float | None = None
     kl_coef: float = 0.0
+    entropy_coef: float = 0.0
     aggregation: str = "token_mean"
     constant_tokens: int | None = None
     temperature: float = 1.0
@@ -65,7 +66,7 @@ def reference_loss(model, trees, credits, o: Options) -> torch.Tensor:
     for tree, credit in zip(trees, credits, strict=True):
         row_terms = [[] for _ in credit.row_leaf]
         for row, node, start, stop, advantage in zip(credit.row, credit.node, credit.start, credit.stop, credit.advantage, strict=True):
-            logp = path_logprobs(model, tree, int(node), o.temperature)
+            logp = path_distributions(model, tree, int(node), o.temperature)
             for k in range(int(start), int(stop)):
                 token = int(tree.offsets[node]) + k
                 if credit.token_mask is not None and not credit.token_mask[token]:
@@ -86,7 +87,12 @@ def reference_loss(model, trees, credits, o: Options) -> torch.Tensor:
 
 
 def path_logprobs(model, tree, node, temperature) -> dict[int, torch.Tensor]:
-    """Log-prob of every response token on the path to the end of `node`, from a row of its own; keyed by index into tree.tokens."""
+    """Log-prob of every response token on the path to the end of `node`; keyed by index into tree.tokens."""
+    return {k: row[int(tree.tokens[k])] for k, row in path_distributions(model, tree, node, temperature).items()}
+
+
+def path_distributions(model, tree, node, temperature) -> dict[int, torch.Tensor]:
+    """Log-probs [VOCAB] that every response token on the path to the end of `node` is drawn with, from a row of its own."""
     ids, where = [int(t) for t in tree.prompt], []
     for n in tree.path(node):
         for k in range(int(tree.offsets[n]), int(tree.offsets[n + 1])):
@@ -96,12 +102,13 @@ def path_logprobs(model, tree, node, temperature) -> dict[int, torch.Tensor]:
     out = {}
     for k, place in where:
         row = logits[place - 1]
-        out[k] = row[ids[place]] - torch.logsumexp(row, 0)
+        out[k] = row - torch.logsumexp(row, 0)
     return out
 
 
-def occurrence(logp, tree, token, advantage, o: Options) -> torch.Tensor:
+def occurrence(distribution, tree, token, advantage, o: Options) -> torch.Tensor:
     """One token of one row: PPO's clipped objective as printed, to be minimised."""
+    logp = distribution[int(tree.tokens[token])]
     ratio = torch.exp(logp - float(tree.logprobs[token]))
     clipped = torch.clip(ratio, 1 - o.clip_low, 1 + o.clip_high)
     objective = torch.min(ratio * advantage, clipped * advantage)
@@ -111,6 +118,8 @@ def occurrence(logp, tree, token, advantage, o: Options) -> torch.Tensor:
     if o.kl_coef > 0:
         gap = float(tree.ref_logprobs[token]) - logp
         loss = loss + o.kl_coef * (torch.exp(gap) - gap - 1)
+    if o.entropy_coef > 0:
+        loss = loss + o.entropy_coef * sum(torch.exp(x) * x for x in distribution)
     return loss
 
 

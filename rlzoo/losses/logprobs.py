@@ -27,8 +27,8 @@ def token_logprobs(
     entropy: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """Log-probs [n] of `targets` int64 [n] under softmax(hidden @ weight.T + bias) at `temperature`, over the first
-    `vocab_size` ids only (ids from there on have probability 0, as in sampling); and, on request, the entropies [n]
-    without gradient.
+    `vocab_size` ids only (ids from there on have probability 0, as in sampling); and, on request, the entropies [n],
+    in nats.
 
     `hidden` [n, H], `weight` [V, H], `bias` [V]. At most `chunk_elements` logits are held at once.
 
@@ -68,8 +68,8 @@ def _up(logits: Tensor) -> Tensor:
 
 
 def _entropy(logprobs: Tensor) -> Tensor:
-    with torch.no_grad():
-        return -(logprobs.exp() * logprobs).sum(-1)
+    """Of each row; an impossible id (log-prob -inf) adds nothing to value or gradient."""
+    return -(logprobs.exp() * logprobs.clamp(min=torch.finfo(logprobs.dtype).min)).sum(-1)
 
 
 class _Chunked(torch.autograd.Function):
@@ -90,27 +90,25 @@ class _Chunked(torch.autograd.Function):
             picked.append(logits.gather(1, targets[i : i + rows, None]).squeeze(1) - normaliser)
             normalisers.append(normaliser)
             if entropy:
-                entropies.append(normaliser - ((logits - normaliser[:, None]).exp() * logits).sum(-1))
-        ctx.save_for_backward(hidden, weight, bias, targets, torch.cat(normalisers))
+                entropies.append(_entropy(logits - normaliser[:, None]))
         spread = torch.cat(entropies) if entropy else None
-        if spread is not None:
-            ctx.mark_non_differentiable(spread)
+        ctx.save_for_backward(hidden, weight, bias, targets, torch.cat(normalisers), spread)
+        ctx.set_materialize_grads(False)
         return torch.cat(picked), spread
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        grad = grads[0]
-        hidden, weight, bias, targets, normalisers = ctx.saved_tensors
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        grad, entropy_grad = grads
+        hidden, weight, bias, targets, normalisers, spread = ctx.saved_tensors
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
         grad_weight = torch.zeros_like(weight, dtype=wide) if ctx.needs_input_grad[1] else None
         grad_bias = torch.zeros_like(bias, dtype=wide) if bias is not None and ctx.needs_input_grad[2] else None
         for i in range(0, len(targets), ctx.rows):
             part = slice(i, i + ctx.rows)
-            logits = _chunk_logits(ctx, hidden[part], weight, bias)
-            g = (logits - normalisers[part, None]).exp_().neg_()  # d logp / d logits = onehot - p
-            g.scatter_add_(1, targets[part, None], torch.ones_like(g[:, :1]))
-            g *= grad[part, None] / ctx.temperature
+            logprobs = _chunk_logits(ctx, hidden[part], weight, bias) - normalisers[part, None]
+            g = _logit_gradient(logprobs, targets[part], _part(grad, part), _part(entropy_grad, part), _part(spread, part))
+            g /= ctx.temperature
             if grad_bias is not None:
                 grad_bias += g.sum(0)
             g = g.to(ctx.dtype)
@@ -127,6 +125,22 @@ class _Chunked(torch.autograd.Function):
             None,
             None,
         )
+
+
+def _part(values: Tensor | None, part: slice) -> Tensor | None:
+    return None if values is None else values[part]
+
+
+def _logit_gradient(logprobs: Tensor, targets: Tensor, grad: Tensor | None, entropy_grad: Tensor | None, entropy: Tensor | None) -> Tensor:
+    """Gradient [n, V] with respect to the logits, from those [n] of the picked log-probs and of the entropies. Overwrites `logprobs`."""
+    pull = None
+    if entropy_grad is not None and entropy is not None:  # d H / d logits = -p (log p + H)
+        finite = logprobs.clamp(min=torch.finfo(logprobs.dtype).min)
+        pull = logprobs.exp() * (finite + entropy[:, None]) * entropy_grad[:, None]
+    g = logprobs.exp_().neg_()  # d logp / d logits = onehot - p
+    g.scatter_add_(1, targets[:, None], torch.ones_like(g[:, :1]))
+    g *= 0.0 if grad is None else grad[:, None]
+    return g if pull is None else g - pull
 
 
 def _chunk_logits(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -1,4 +1,4 @@
-"""The policy loss: a clipped surrogate per unique token, with an optional KL penalty to a reference.
+"""The policy loss: a clipped surrogate per unique token, with an optional KL penalty to a reference and an entropy bonus.
 
 A token shared by several responses has one ratio, so its occurrences need only the sums of their weighted positive and
 negative advantages (see docs/packing.md); `aggregate` makes them.
@@ -20,8 +20,9 @@ LOG_RATIO_LIMIT = 20.0  # e^20 is far outside any clip range and still finite af
 
 @dataclass(frozen=True)
 class TokenBatch:
-    """Per unique token, all [tokens]: log-probs of the policy (with gradient), old and reference ones (without), and the
-    summed weights `a_pos` = Σ w·max(A, 0), `a_neg` = Σ w·min(A, 0), `weight` = Σ w over the rows that hold the token."""
+    """Per unique token, all [tokens]: log-probs of the policy (with gradient), old and reference ones (without), the summed
+    weights `a_pos` = Σ w·max(A, 0), `a_neg` = Σ w·min(A, 0), `weight` = Σ w over the rows that hold the token, and the entropy
+    of the policy's distribution there (with gradient), in nats."""
 
     logprobs: torch.Tensor
     old_logprobs: torch.Tensor
@@ -29,17 +30,20 @@ class TokenBatch:
     a_neg: torch.Tensor
     weight: torch.Tensor
     ref_logprobs: torch.Tensor | None = None
+    entropy: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
 class PolicyLoss:
     """PPO's clipped surrogate (Schulman et al. 2017, eq. 7) with separate clips (DAPO, eq. 10), dual clip (Ye et al. 2020,
-    eq. 5) and the k3 estimator of KL(policy || reference) (GRPO, eq. 4). Minimised:
+    eq. 5), the k3 estimator of KL(policy || reference) (GRPO, eq. 4) and an entropy bonus (A3C, arXiv 1602.01783, section 4).
+    Minimised:
 
-        -Σ [min(r, 1 + clip_high)·A⁺ + min(max(r, 1 - clip_low), dual_clip)·A⁻] + kl_coef·Σ w·(e^d - d - 1)
+        -Σ [min(r, 1 + clip_high)·A⁺ + min(max(r, 1 - clip_low), dual_clip)·A⁻] + Σ w·[kl_coef·(e^d - d - 1) - entropy_coef·H]
 
-    with r = exp(logp - old), d = ref - logp. `aggregation` says what one token of one row weighs (see `aggregate`):
-    "token_mean" (every token alike), "sequence_mean" (every row alike) or "constant" (1 / (rows · constant_tokens)).
+    with r = exp(logp - old), d = ref - logp, H the entropy of the token's distribution at the sampling temperature.
+    `aggregation` says what one token of one row weighs (see `aggregate`): "token_mean" (every token alike), "sequence_mean"
+    (every row alike) or "constant" (1 / (rows · constant_tokens)).
 
     Raises:
         ValueError: an option is out of range.
@@ -51,6 +55,7 @@ class PolicyLoss:
     clip_high: float = 0.2
     dual_clip: float | None = None
     kl_coef: float = 0.0
+    entropy_coef: float = 0.0
     aggregation: Aggregation = "token_mean"
     constant_tokens: int | None = None
 
@@ -63,6 +68,8 @@ class PolicyLoss:
             raise ValueError(f"dual_clip is {self.dual_clip}; it must be greater than 1, or left out")
         if not (self.kl_coef >= 0 and math.isfinite(self.kl_coef)):
             raise ValueError(f"kl_coef is {self.kl_coef}; it must be a finite number, 0 or more")
+        if not (self.entropy_coef >= 0 and math.isfinite(self.entropy_coef)):
+            raise ValueError(f"entropy_coef is {self.entropy_coef}; it must be a finite number, 0 or more")
         if self.aggregation not in get_args(Aggregation):
             raise ValueError(f"aggregation is {self.aggregation!r}; allowed are {', '.join(get_args(Aggregation))}")
         if self.aggregation == "constant" and (self.constant_tokens is None or self.constant_tokens < 1):
@@ -73,13 +80,13 @@ class PolicyLoss:
     @property
     def needs(self) -> frozenset[str]:
         """What it requires of the other parts."""
-        return frozenset({"ref_logprobs"}) if self.kl_coef > 0 else frozenset()
+        return frozenset({name for name, coef in (("ref_logprobs", self.kl_coef), ("entropy", self.entropy_coef)) if coef > 0})
 
     def __call__(self, batch: TokenBatch) -> torch.Tensor:
         """The loss of these tokens, a scalar: sums, since the denominators are in the weights.
 
         Raises:
-            ValueError: kl_coef > 0 without reference log-probs.
+            ValueError: kl_coef > 0 without reference log-probs, or entropy_coef > 0 without entropies.
         """
         ratio = (batch.logprobs - batch.old_logprobs).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
         # clamp, not minimum: a minimum halves the gradient where its arguments tie
@@ -90,6 +97,10 @@ class PolicyLoss:
             if batch.ref_logprobs is None:
                 raise ValueError(f"kl_coef is {self.kl_coef} but the trees carry no reference log-probs")
             loss = loss + self.kl_coef * (batch.weight * k3(batch.ref_logprobs - batch.logprobs)).sum()
+        if self.entropy_coef > 0:
+            if batch.entropy is None:
+                raise ValueError(f"entropy_coef is {self.entropy_coef} but the batch carries no entropies")
+            loss = loss - self.entropy_coef * (batch.weight * batch.entropy).sum()
         return loss
 
 

@@ -54,7 +54,7 @@ def forward_of(model: nn.Module, layout: Layout) -> AbstractContextManager[None]
 def pack_logprobs(
     model: nn.Module, pack: Pack, head: Head, *, temperature: float, vocab_size: int | None, entropy: bool = False
 ) -> tuple[Tensor, Tensor | None]:
-    """Log-probs [trained] of the pack's targets and, on request, the entropies [trained] there (no gradient).
+    """Log-probs [trained] of the pack's targets and, on request, the entropies [trained] there.
 
     Packed sequences run under `forward_of`. Weights enter in the model's own precision (or the surrounding autocast's);
     log-probs are float32 at least.

@@ -92,14 +92,22 @@ def gradients(
             logprobs, entropy = pack_logprobs(
                 model, p, head, temperature=options.temperature, vocab_size=options.vocab_size, entropy=options.entropy
             )
-        batch = _token_batch(flat, p, logprobs)
+        batch = _token_batch(flat, p, logprobs, entropy)
         value = loss(batch)
         with forward_of(model, options.layout):  # checkpointed layers run forward again
             value.backward()  # type: ignore[no-untyped-call]
         total += float(value.detach())
         with torch.no_grad():
             gap = None if batch.ref_logprobs is None else batch.ref_logprobs - logprobs
-            parts.append((logprobs.detach() - batch.old_logprobs, batch.a_pos > 0, batch.a_neg < 0, entropy, gap))
+            parts.append(
+                (
+                    logprobs.detach() - batch.old_logprobs,
+                    batch.a_pos > 0,
+                    batch.a_neg < 0,
+                    None if entropy is None else entropy.detach(),
+                    gap,
+                )
+            )
     columns = [_column(c) for c in zip(*parts, strict=True)] or [None] * 5
     share = np.concatenate([p.share for p in packs]) if packs else np.zeros(0)
     empty = np.zeros(0)
@@ -163,7 +171,7 @@ def update(
     """
     if mini_batches < 1 or epochs < 1:
         raise ValueError(f"mini_batches is {mini_batches} and epochs is {epochs}; both must be at least 1")
-    options = ForwardOptions(temperature, vocab_size, token_budget, layout, autocast_dtype, entropy)
+    options = ForwardOptions(temperature, vocab_size, token_budget, layout, autocast_dtype, entropy or "entropy" in loss.needs)
     if len(trees) != len(credits):
         raise ValueError(f"{len(trees)} trees but {len(credits)} credits")
     head, was_training = Head.of(model), model.training
@@ -357,7 +365,7 @@ def _flatten(trees: Sequence[Tree], weights: Sequence[TokenWeights], old: Sequen
     )
 
 
-def _token_batch(flat: _Flat, p: Pack, logprobs: torch.Tensor) -> TokenBatch:
+def _token_batch(flat: _Flat, p: Pack, logprobs: torch.Tensor, entropy: torch.Tensor | None) -> TokenBatch:
     def on_device(values: NDArray[np.floating]) -> torch.Tensor:
         return torch.as_tensor(values, dtype=logprobs.dtype, device=logprobs.device)
 
@@ -368,6 +376,7 @@ def _token_batch(flat: _Flat, p: Pack, logprobs: torch.Tensor) -> TokenBatch:
         a_neg=on_device(flat.a_neg[p.target] * p.share),
         weight=on_device(flat.weight[p.target] * p.share),
         ref_logprobs=None if flat.ref is None else on_device(flat.ref[p.target]),
+        entropy=entropy,
     )
 
 

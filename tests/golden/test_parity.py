@@ -18,10 +18,10 @@ from tests.reference import VOCAB, Options, random_credit, random_tree, referenc
 
 
 def ours(model, trees, credits, o: Options, **options):
-    loss = PolicyLoss(o.clip_low, o.clip_high, o.dual_clip, o.kl_coef, o.aggregation, o.constant_tokens)
+    loss = PolicyLoss(o.clip_low, o.clip_high, o.dual_clip, o.kl_coef, o.entropy_coef, o.aggregation, o.constant_tokens)
     weights, _ = aggregate(trees, credits, loss.aggregation, constant_tokens=loss.constant_tokens)
     model.zero_grad(set_to_none=True)
-    forward_options = ForwardOptions(temperature=o.temperature, vocab_size=VOCAB, **options)
+    forward_options = ForwardOptions(temperature=o.temperature, vocab_size=VOCAB, entropy="entropy" in loss.needs, **options)
     result = gradients(model, trees, weights, [t.logprobs for t in trees], loss, forward_options)
     found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     model.zero_grad(set_to_none=True)
@@ -45,6 +45,8 @@ LOSSES = [
     Options(clip_low=0.1, clip_high=0.28, dual_clip=1.5),
     Options(kl_coef=0.3, aggregation="sequence_mean", temperature=0.7),
     Options(dual_clip=3.0, kl_coef=0.05, aggregation="constant", constant_tokens=17, temperature=1.3),
+    Options(kl_coef=0.05, entropy_coef=0.2, temperature=0.6),
+    Options(entropy_coef=0.1, aggregation="sequence_mean"),
 ]
 LAYOUTS = [
     {"layout": "packed"},

@@ -189,16 +189,22 @@ def test_chunked_logprobs_and_gradients_equal_plain_ones(vocab_size, with_bias):
     if vocab_size is not None:
         logits = logits.masked_fill(torch.arange(13) >= vocab_size, float("-inf"))
     expected = logits.log_softmax(-1)
-    grads = torch.autograd.grad(expected[range(17), targets] @ pull, leaves)
     spread = torch.distributions.Categorical(logits=logits).entropy()
+    grads = torch.autograd.grad(expected[range(17), targets] @ pull, leaves, retain_graph=True)
+    finite = expected if vocab_size is None else expected[:, :vocab_size]  # the entropy written out, over the ids that there are
+    entropy_grads = torch.autograd.grad(-(finite.exp() * finite).sum(-1) @ pull, leaves)
     for chunk in (1, 13 * 4, 13 * 16, 10**6):
         options = {"bias": bias, "temperature": 0.7, "vocab_size": vocab_size, "chunk_elements": chunk, "entropy": True}
         logprobs, entropy = token_logprobs(hidden, weight, targets, **options)
         torch.testing.assert_close(logprobs, expected[range(17), targets], rtol=0, atol=1e-12)
         torch.testing.assert_close(entropy, spread, rtol=0, atol=1e-12)
-        assert not entropy.requires_grad
-        for ours, theirs in zip(torch.autograd.grad(logprobs @ pull, leaves), grads, strict=True):
+        for ours, theirs in zip(torch.autograd.grad(logprobs @ pull, leaves, retain_graph=True), grads, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
+        for ours, theirs in zip(torch.autograd.grad(entropy @ pull, leaves, retain_graph=True), entropy_grads, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
+        both = torch.autograd.grad(logprobs @ pull - 0.3 * (entropy @ pull), leaves)
+        for ours, policy, bonus in zip(both, grads, entropy_grads, strict=True):
+            torch.testing.assert_close(ours, policy - 0.3 * bonus, rtol=0, atol=1e-12)
 
 
 def test_chunked_logprobs_under_autocast_equal_unchunked_ones():
