@@ -26,7 +26,12 @@ KNOWN_IDS = 258  # of 272 rows of the model's vocabulary
 EOS = [1, *range(40, 70)]  # many, so that paths end early and also at once
 ids = itertools.count(1_000_000)
 
-SAMPLERS = [Nary(branching=3, segment_tokens=(4, 5, 7)), Chains(group_size=9, max_response_tokens=14)]
+SAMPLERS = [
+    Nary(branching=3, segment_tokens=(4, 5, 7)),
+    Nary(branching=3, segment_tokens=(4, 5, 7), continuation=True),
+    Chains(group_size=9, max_response_tokens=14),
+]
+SAMPLER_IDS = ["nary", "nary-continuation", "chains"]
 PARAMS = [
     SamplingParams(),
     SamplingParams(temperature=0.6),

@@ -92,7 +92,7 @@ class TorchBackend:
         self._state = RowState(capacity)
         self._waiting = Waiting(self.max_context, self._forget)
         self._running: dict[int, int] = {}  # request -> row
-        self._parked: dict[Key, tuple[int, Int32]] = {}  # ended OPEN in the last step -> its row (not given up yet), path
+        self._parked: dict[Key, tuple[int, Int32, Stop]] = {}  # ended in the last step -> its row (not given up yet), path, why
         self._holes: list[int] = []  # free rows below self._rows
         self._rows = 0
         self._counts = dict.fromkeys(BackendStats.__dataclass_fields__, 0)
@@ -195,17 +195,19 @@ class TorchBackend:
         return plans
 
     def _unpark(self) -> list[tuple[Group, int]]:
-        """Segments that ended OPEN in the last step stay in their row if a child came meanwhile, else go to the store."""
+        """Segments that ended in the last step stay in their row if a child came meanwhile, else go to the store: OPEN ones always,
+        those with an end-of-text token only where something waits below a part of their path."""
         stays = []
-        for key, (row, path) in self._parked.items():
+        for key, (row, path, stop) in self._parked.items():
             group = self._waiting.fork(key)
             if group is not None:
                 self._state.place(row, int(path[-1]), len(path) - 1)
                 self._count_forward(group, 1)
                 stays.append((group, row))
-            else:
+                continue
+            if stop == Stop.OPEN or self._waiting.wanted(key[0]):
                 self._store.put(key, Prefix(path, self._cache.prefix(row, len(path) - 1).clone()))
-                self._holes.append(row)
+            self._holes.append(row)
         self._parked.clear()
         return stays
 
@@ -334,11 +336,8 @@ class TorchBackend:
         known = self._waiting.known[request.id]
         known.end = len(request.context) + len(tokens)
         known.forwarded = known.end - 1
-        if stop == Stop.OPEN:
-            path = np.concatenate([np.asarray(request.context, np.int32), tokens])
-            self._parked[request.id, known.end] = (row, path)
-        else:
-            self._holes.append(row)
+        path = np.concatenate([np.asarray(request.context, np.int32), tokens])
+        self._parked[request.id, known.end] = (row, path, stop)
         exact = self.model.dtype == torch.float64
         return SegmentResult(request.id, tokens, logprobs if exact else logprobs.astype(np.float32), stop)
 

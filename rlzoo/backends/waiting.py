@@ -54,6 +54,10 @@ class Waiting:
         """The group that waits below a segment, if any."""
         return self._forks.get(key)
 
+    def wanted(self, id: int) -> bool:
+        """Whether something waits below a segment, at its end or inside."""
+        return id in self._demand
+
     def add(self, request: SegmentRequest) -> None:
         """Queue a request.
 

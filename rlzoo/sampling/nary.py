@@ -18,6 +18,10 @@ class Nary(SamplerOptions):
 
     A segment that ends (end of text, answer, a limit) is a leaf at once, whatever its level.
 
+    With `continuation` (the released code of TreeRPO) an answer is sampled to its end at once and cut into the levels' segments
+    afterwards; every place where a segment ends and its answer continues gets `branching` - 1 fresh answers more. The
+    distribution of trees is the same; there is one request per answer instead of one per segment.
+
     Raises:
         ValueError: a value is outside its range.
     """
@@ -31,6 +35,8 @@ class Nary(SamplerOptions):
     """Longest segment per level, tokens; one value per level, or a single value together with `depth`."""
     depth: int | None = None
     """Levels of segments; by default the number of values in `segment_tokens`."""
+    continuation: bool = False
+    """Sample whole answers and cut them, instead of starting a request anew at every boundary."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -44,6 +50,12 @@ class Nary(SamplerOptions):
             raise ValueError(
                 f"sampler.depth is {self.depth} but sampler.segment_tokens has {len(self.segment_tokens)} values; "
                 "give one value, or one per level"
+            )
+
+        if self.continuation and (self.stopping.boxed == "alone" or self.stopping.repetition != "off"):
+            raise ValueError(
+                f"sampler.continuation samples whole answers, but stopping.boxed = {self.stopping.boxed!r} with stopping.repetition = "
+                f"{self.stopping.repetition!r} ends them at a segment's end; use boxed 'ended' or 'off' and repetition 'off'"
             )
 
     @property
@@ -65,8 +77,8 @@ class Nary(SamplerOptions):
     def leaves_per_tree(self) -> int:
         return int(self.branching**self.max_depth)
 
-    def plant(self, builder: TreeBuilder, rng: np.random.Generator, progress: float) -> _Expansion:
-        return _Expansion(self, builder)
+    def plant(self, builder: TreeBuilder, rng: np.random.Generator, progress: float) -> Growth:
+        return _WholeAnswers(self, builder) if self.continuation else _Expansion(self, builder)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,3 +94,22 @@ class _Expansion(Growth):
             return []
         level = len(self.builder.path(node))
         return [Extend(node, self.options.branching, self.options.levels[level])]
+
+
+@dataclass(frozen=True, slots=True)
+class _WholeAnswers(Growth):
+    options: Nary
+    builder: TreeBuilder
+
+    def start(self) -> list[Extend]:
+        return [Extend(ROOT, self.options.branching, self.options.max_response_tokens)]
+
+    def grown(self, node: int) -> list[Extend]:
+        """Cut the answer that ends with `node` at the boundaries that it passes, and ask for the other children there."""
+        levels, asked = self.options.levels, []
+        for level in range(len(self.builder.path(node)) - 1, len(levels) - 1):
+            if len(self.builder.tokens(node)) <= levels[level]:
+                break
+            upper = self.builder.split(node, levels[level])
+            asked.append(Extend(upper, self.options.branching - 1, sum(levels[level + 1 :])))
+        return asked if self.options.branching > 1 else []

@@ -21,6 +21,8 @@ from tests.engines import (
     EOS,
     KNOWN_IDS,
     PARAMS,
+    SAMPLER_IDS,
+    SAMPLERS,
     Engine,
     drain,
     holds_anything,
@@ -144,9 +146,7 @@ def test_seeds_decide(engine: Engine, tiny_tokenizer: Any) -> None:
         assert all(shape_of(a) != shape_of(b) for a, b in zip(first, other, strict=True))
 
 
-@pytest.mark.parametrize(
-    "sampler", [Nary(branching=3, segment_tokens=(4, 5, 7)), Chains(group_size=9, max_response_tokens=14)], ids=["nary", "chains"]
-)
+@pytest.mark.parametrize("sampler", SAMPLERS, ids=SAMPLER_IDS)
 def test_trees_do_not_depend_on_capacity_or_order(engine: Engine, tiny_tokenizer: Any, sampler: Any) -> None:
     if not engine.exact:
         pytest.skip("promised for float64 only")

@@ -15,7 +15,7 @@ from rlzoo.losses.policy import PolicyLoss
 from rlzoo.sampling.grow import grow
 from rlzoo.training.update import score, update
 from rlzoo.tree import Segment, Tree
-from tests.engines import SAMPLERS, Engine, prompts_of, with_ends
+from tests.engines import SAMPLER_IDS, SAMPLERS, Engine, prompts_of, with_ends
 from tests.reference import VOCAB, random_credit, random_tree, tiny_model
 
 RECOMPUTED = CorrectionOptions(old_logprobs="recomputed")
@@ -251,7 +251,7 @@ def test_a_step_whose_rows_are_all_masked_takes_no_update():
 
 
 @pytest.mark.parametrize("temperature", [0.6, 1.3])
-@pytest.mark.parametrize("sampler", SAMPLERS, ids=lambda s: s.name)
+@pytest.mark.parametrize("sampler", SAMPLERS, ids=SAMPLER_IDS)
 def test_sampler_and_trainer_agree_at_any_temperature(sampler, temperature, tiny_model, tiny_tokenizer):
     from dataclasses import replace
 

@@ -163,6 +163,61 @@ def test_nary_is_full_where_nothing_ends(tiny_tokenizer: Any) -> None:
     assert tree.meta["problem"] == "p0"
 
 
+def test_continuation_samples_one_answer_per_leaf_and_cuts_it(tiny_tokenizer: Any) -> None:
+    """Three whole answers below the prompt, two fresh ones at each of their boundaries: 27 requests for the tree of 39 segments."""
+    backend = ScriptedBackend(tiny_tokenizer, lambda context, seed: [seed % 50 + 9] * 99)
+    sampler = Nary(branching=3, segment_tokens=(2, 3, 4), continuation=True)
+    (tree,) = grow(sampler, backend, prompts_of(tiny_tokenizer, 1), seed=0)
+    assert tree.nodes == 1 + 3 + 9 + 27 and len(tree.leaves) == 27
+    assert tree.lengths[1:].tolist() == [2] * 3 + [3] * 9 + [4] * 27
+    assert (tree.stop[tree.leaves] == Stop.LENGTH).all()
+    for node in np.flatnonzero(tree.lengths > 0)[1:]:  # the first child is the rest of the answer: the script keeps its token
+        children = [c for c in tree.children(int(node)) if set(tree.node_tokens(c)) == set(tree.node_tokens(int(node)))]
+        assert len(tree.children(int(node))) == 0 or tree.children(int(node))[0] in children
+
+
+def test_continuation_never_restarts_an_answer(tiny_tokenizer: Any) -> None:
+    """Requests and forwarded work are counted: as many requests as leaves, and boundaries that an answer only touches are none."""
+    for continuation in (False, True):
+        backend = ScriptedBackend(tiny_tokenizer, eos_ids=range(40, 60), seed=3)
+        asked: list[int] = []
+        submit = backend.submit
+        backend.submit = lambda requests, asked=asked, submit=submit: (asked.extend(r.max_tokens for r in requests), submit(requests))
+        sampler = Nary(branching=3, segment_tokens=(2, 3, 4), continuation=continuation)
+        trees = grow(sampler, backend, prompts_of(tiny_tokenizer, 40), seed=1)
+        leaves, segments = sum(len(t.leaves) for t in trees), sum(t.nodes - 1 for t in trees)
+        assert len(asked) == (leaves if continuation else segments) < (segments if continuation else segments + 1)
+        assert set(asked) == ({9, 7, 4} if continuation else {2, 3, 4})
+        for tree in trees:
+            for node in range(1, tree.nodes):
+                limit, children = (2, 3, 4)[int(tree.depth[node]) - 1], tree.children(node)
+                assert len(children) in (0, 3) and tree.lengths[node] <= limit
+                assert not children or (tree.lengths[node] == limit and tree.stop[node] == Stop.OPEN)
+                assert children or tree.stop[node] in (Stop.EOS, Stop.ANSWER, Stop.LENGTH)
+
+
+def test_continuation_keeps_the_distribution_of_trees(tiny_tokenizer: Any) -> None:
+    """Segments, leaves and ends by level, over 400 trees of each form: means within four standard errors."""
+    counted = []
+    for continuation in (False, True):
+        backend = ScriptedBackend(tiny_tokenizer, eos_ids=range(40, 80), seed=3, capacity=64)
+        sampler = Nary(branching=3, segment_tokens=(2, 3, 4), continuation=continuation)
+        trees = grow(sampler, backend, [Prompt(f"q{i}", [7, 8, 9]) for i in range(400)], seed=5)
+        tokens = [np.bincount(t.tokens[3:], minlength=90)[[40, 50, 60, 79]].sum() for t in trees]
+        levels = [np.bincount(t.depth[t.leaves], minlength=4)[1:] for t in trees]
+        counted.append(np.column_stack([[t.nodes for t in trees], [t.sampled_tokens for t in trees], tokens, levels]))
+    restarted, continued = counted
+    error = np.sqrt(restarted.var(0, ddof=1) / 400 + continued.var(0, ddof=1) / 400)
+    assert (error > 0).all() and (abs(restarted.mean(0) - continued.mean(0)) < 4 * error).all()
+    assert not (restarted == continued).all()
+
+
+def test_continuation_refuses_rules_that_end_an_answer_inside(tiny_tokenizer: Any) -> None:
+    for stopping in (StopRules(boxed="alone"), StopRules(repetition="last")):
+        with pytest.raises(ValueError, match=r"sampler.continuation samples whole answers"):
+            Nary(continuation=True, stopping=stopping)
+
+
 def test_a_segment_that_ends_is_a_leaf_at_once(tiny_tokenizer: Any) -> None:
     prompt = "1+1="
     script = respond(tiny_tokenizer, {prompt: ["2", "that is \\boxed{2}"]})
