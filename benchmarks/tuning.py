@@ -1,9 +1,10 @@
 """The learning-rate grid that defaults are chosen with: the same for every algorithm, on the dev split only.
 
-    python -m rlzoo.benchmarks.tuning --algos grpo treerpo --lrs 1e-4 3e-4 1e-3 --out results/tuning/NAME
+    python -m rlzoo.benchmarks.tuning --algos grpo treerpo@credit.unit_weights=leaves --lrs 1e-4 3e-4 1e-3 --out results/tuning/NAME
 
-Each cell is one ordinary `rlzoo run` without the test suite. Finished cells are kept, so that the command can be repeated
-after an interruption. Writes NAME.jsonl (one row per cell) and NAME.md (the table).
+An algorithm may have options behind `@`, written SECTION.OPTION=VALUE. Each cell is one ordinary `rlzoo run` without the test
+suite. Finished cells are kept, so that the command can be repeated after an interruption. Writes NAME.jsonl (one row per cell)
+and NAME.md (the table).
 """
 
 from __future__ import annotations
@@ -50,12 +51,19 @@ def run_cell(grid: Grid, algo: str, lr: float, seed: int) -> dict[str, Any]:
     if not (folder / "summary.json").exists():
         shutil.rmtree(folder, ignore_errors=True)
         threads = ["--backend.threads", "1"] if grid.jobs > 1 else []
-        command = [sys.executable, "-m", "rlzoo.cli", "run", "--algo", algo, "--out", str(folder), "--seed", str(seed)]
+        name, *options = algo.split("@")
+        changed = [flag for option in options for flag in _flag(option)]
+        command = [sys.executable, "-m", "rlzoo.cli", "run", "--algo", name, *changed, "--out", str(folder), "--seed", str(seed)]
         command += ["--optim.lr", f"{lr:g}", "--evaluation.suite", "none", "--trackers", "none", *threads, *grid.flags.split()]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             return {"algo": algo, "lr": lr, "seed": seed, "error": done.stderr.strip().splitlines()[-1:]}
     return read_cell(folder, algo, lr, seed)
+
+
+def _flag(option: str) -> list[str]:
+    key, _, value = option.partition("=")
+    return ["--" + key.replace("_", "-"), value]
 
 
 def read_cell(folder: Path, algo: str, lr: float, seed: int) -> dict[str, Any]:

@@ -77,7 +77,9 @@ class EvaluationOptions:
     data_dir: str = ""
     """Folder with its test sets as local files; without it they are made or downloaded."""
     k: int = 16
-    """Sampled responses per problem at temperature 1."""
+    """Sampled responses per problem."""
+    temperature: float = 1.0
+    """Temperature of those and of the dev responses; the greedy response beside them does not go by it."""
     dev: str = "arithmetic:dev"
     """Problem set watched during training (and the only one to choose defaults on)."""
     dev_problems: int = 96
@@ -91,6 +93,8 @@ class EvaluationOptions:
 
     def __post_init__(self) -> None:
         _at_least("evaluation", self, k=1, dev_problems=1, dev_k=1, every=0, max_response_tokens=1)
+        if not 0 < self.temperature < math.inf:
+            raise ValueError(f"evaluation.temperature is {self.temperature}; it must be a finite number above 0")
 
 
 @dataclass(frozen=True)

@@ -3,29 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import numpy as np
 
 from ..tree import Float64, Tree
 from .base import Credit, node_rows
-from .values import mean_of_children
+from .values import branch_shares, leaf_shares, mean_of_children
 
 EPS = 1e-6
 TIE = 1e-12  # values are means of means: equal ones may differ by rounding
 NORMS = ("bernoulli_std", "bernoulli_var", "group_std", "none")
 METRICS = ("std", "range", "var")
+WEIGHTS = ("none", "leaves", "branches")
 
 
 @dataclass(frozen=True)
 class Siblings:
-    """A_c = (V_c - mu) / scale over the children c of one parent, mu their mean (arXiv 2506.05183, section 3).
+    """A_c = (V_c - mu) / scale over the children c of one parent, mu their mean (TreeRPO, arXiv 2506.05183, eq. 4).
 
-    V is backed up by `mean_of_children`. The denominator is a reconstruction, see `adv_norm`. Groups without any
-    difference give no row; neither do groups whose `prune_metric` is below `prune_tau`. Pruning a group removes the rows
-    of its own children only; deeper groups are judged separately and values always use the whole tree. Ungraded children
-    are left out. Each node is one row.
+    V is backed up by `mean_of_children`. Groups without any difference give no row; neither do groups whose `prune_metric`
+    is below `prune_tau` (eq. 1-2). Pruning a group removes the rows of its own children only; deeper groups are judged
+    separately and values always use the whole tree. Ungraded children are left out. Each node is one row of weight
+    `unit_weights`.
 
     Raises (on call):
         ValueError: a reward outside [0, 1] with a Bernoulli scale.
@@ -33,18 +34,23 @@ class Siblings:
 
     name: ClassVar[str] = "siblings"
 
-    adv_norm: Literal["bernoulli_std", "bernoulli_var", "group_std", "none"] = "bernoulli_std"
-    """Denominator: sqrt(mu(1-mu)), mu(1-mu), the group's unbiased std, or 1. All but the last plus 1e-6."""
-    prune_metric: Literal["std", "range", "var"] = "std"
-    """What `prune_tau` is compared with: population std, max - min, or population variance of the group's values."""
+    adv_norm: Literal["bernoulli_std", "bernoulli_var", "group_std", "none"] = "bernoulli_var"
+    """Scale: sqrt(mu(1-mu)), mu(1-mu) as the paper, the group's unbiased std, or 1. All but the last plus 1e-6."""
+    prune_metric: Literal["std", "range", "var"] = "range"
+    """What `prune_tau` is compared with: population std, max - min as the paper, or population variance of the group's values."""
     prune_tau: float = 0.1
-    """Groups below it are dropped; 0 drops exact ties only."""
+    """Groups below it are dropped, groups exactly at it are kept (as the released code); 0 drops exact ties only."""
+    unit_weights: Literal["none", "leaves", "branches"] = "none"
+    """Weight of a node's row: 1 as the paper; the share of the tree's leaves below the node; or 1 / #children multiplied down its
+    path (OPTS-TTPO, arXiv 2609.40035). The last two are equal in full trees; with them a tree's gradient is its chains'."""
 
     def __post_init__(self) -> None:
         if self.adv_norm not in NORMS:
             raise ValueError(f"credit.adv_norm = {self.adv_norm!r}; allowed: {', '.join(NORMS)}")
         if self.prune_metric not in METRICS:
             raise ValueError(f"credit.prune_metric = {self.prune_metric!r}; allowed: {', '.join(METRICS)}")
+        if self.unit_weights not in WEIGHTS:
+            raise ValueError(f"credit.unit_weights = {self.unit_weights!r}; allowed: {', '.join(WEIGHTS)}")
         if not 0 <= self.prune_tau <= 1:
             raise ValueError(f"credit.prune_tau = {self.prune_tau}; allowed: 0 to 1")
 
@@ -68,7 +74,13 @@ class Siblings:
             if group and not self._pruned(value[group]):
                 nodes += group
                 advantages += self._advantages(value[group]).tolist()
-        return node_rows(tree, nodes, advantages) if nodes else Credit.empty(tree)
+        if not nodes:
+            return Credit.empty(tree)
+        credit = node_rows(tree, nodes, advantages)
+        if self.unit_weights == "none":
+            return credit
+        shares = leaf_shares(tree) if self.unit_weights == "leaves" else branch_shares(tree)
+        return replace(credit, row_weight=shares[nodes])
 
     def _pruned(self, values: Float64) -> bool:
         spread = float(values.max() - values.min())

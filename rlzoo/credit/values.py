@@ -27,3 +27,23 @@ def mean_of_children(tree: Tree, leaf_value: Float64 | None = None) -> Float64:
             total[parents[node]] += values[node]
             count[parents[node]] += 1
     return np.array(values, np.float64)
+
+
+def leaf_shares(tree: Tree) -> Float64:
+    """Share of the tree's leaves at or below each node, float64 [nodes]; 0 for probes."""
+    count = np.zeros(tree.nodes)
+    count[tree.leaves] = 1.0
+    for node in range(tree.nodes - 1, ROOT, -1):  # parents precede children
+        count[tree.parent[node]] += count[node]
+    return count / max(1, len(tree.leaves))
+
+
+def branch_shares(tree: Tree) -> Float64:
+    """1 / #children, multiplied over the path from the prompt to each node, float64 [nodes]; 0 for probes (OPTS-TTPO's branch
+    aggregation, arXiv 2609.40035). The chance that a walk which picks a child evenly at every fork comes by the node."""
+    share = np.zeros(tree.nodes)
+    share[ROOT] = 1.0
+    for node in range(tree.nodes):
+        children = tree.children(node)
+        share[children] = share[node] / max(1, len(children))
+    return share

@@ -34,10 +34,14 @@ ABSENT = {
     "correction.sequence": "none",
     "correction.token_high": 100.0,
     "correction.token_low": 0.0001,
+    "credit.unit_weights": "none",
+    "evaluation.temperature": 1.0,
+    "loss.entropy_coef": 0.0,
     "max_mismatch_kl": 0.0,
     "max_prompt_tokens": 0,
     "schedule.limit": "none",
     "schedule.budget": 0.0,
+    "sampler.continuation": False,
     "served_model": "",
     "shaping.overlong_tokens": 0,
     "shaping.overlong_factor": 1.0,
@@ -48,7 +52,8 @@ ABSENT = {
 @dataclass(frozen=True, slots=True)
 class Published:
     """How the paper measured. `measure` is the field of a row that holds its metric; `vote` how it counted votes; `sizes` the
-    problems per set where `overall` is weighted by them; `decimals` those of its figures."""
+    problems per set where `overall` is weighted by them; `decimals` those of its figures; `matched` what its comparison holds equal
+    between the arms, and what not."""
 
     metric: str
     measure: Literal["pass_at_1", "maj_at_k"]
@@ -61,6 +66,7 @@ class Published:
     decimals: int = 1
     vote: str | None = None
     sizes: dict[str, int] = field(default_factory=dict)
+    matched: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -67,7 +67,9 @@ def reproduction(paper: Paper, rows: Sequence[ResultRow], config_of: ConfigOf) -
         cells += _lines(paper, result, own)
         if not own and result.recipe:
             todo.setdefault(result.recipe, [result.arm, result.sampling, f"`rlzoo {result.recipe}`", protocol.hardware, result.cost])
-    notes = [f"{protocol.metric}: {protocol.how}; {protocol.overall}", protocol.model, *(f"not known: {line}" for line in protocol.unknown)]
+    notes = [f"{protocol.metric}: {protocol.how}; {protocol.overall}", protocol.model]
+    notes += [f"held equal: {protocol.matched}"] if protocol.matched else []
+    notes += [f"not known: {line}" for line in protocol.unknown]
     notes.append(
         "ours: rows whose config is the recipe's but for seed, trackers and threads; one seed: interval over problems, several: over seeds"
     )

@@ -73,7 +73,7 @@ class Measurer:
                 grader=grader_name(GraderConfig()) if config.reward == "math" else config.reward,
                 k=dict.fromkeys(self.suite, options.k),
                 greedy=True,
-                temperature=1.0,
+                temperature=options.temperature,
                 max_response_tokens=options.max_response_tokens,
                 sampler={"name": "chains", "top_p": 1.0},
                 engine=engine_name(self._backend, config.backend.dtype),
@@ -99,7 +99,7 @@ class Measurer:
         }
 
     def final(self, model: Any) -> dict[str, dict[str, SetResult]]:
-        """{"base": ..., "trained": ...}: both models on the suite, k samples at temperature 1 and greedy; {} without a suite.
+        """{"base": ..., "trained": ...}: both models on the suite, k samples and greedy; {} without a suite.
 
         The engine holds the base's weights afterwards.
         """
@@ -122,6 +122,7 @@ class Measurer:
         settings: dict[str, Any] = {
             "k": k,
             "greedy": greedy,
+            "temperature": self._config.evaluation.temperature,
             "max_response_tokens": self._config.evaluation.max_response_tokens,
             "template": self._config.template,
             "grade": self._reward,

@@ -82,6 +82,28 @@ def test_sibling_credits_sum_to_zero(tree, norm):
 
 
 @given(tree=trees(rewards=st.floats(0, 1)))
+def test_branch_weights_make_a_tree_the_mean_of_its_walks(tree):
+    """Weight x (advantage + the parent's value) of a node is what its walks' rewards add up to, a walk picking a child evenly at
+    every fork: REINFORCE of those walks, with the parent's value as the baseline (OPTS-TTPO's theorem, for any shape)."""
+    credit = load("treerpo", adv_norm="none", prune_tau=0.0, unit_weights="branches").credit([tree])[0]
+    value = mean_of_children(tree)
+    chance = {int(leaf): np.prod([1 / len(tree.children(int(tree.parent[n]))) for n in tree.path(int(leaf))]) for leaf in tree.leaves}
+    reward = dict(zip(tree.leaves.tolist(), tree.reward.tolist(), strict=True))
+    for row, node, advantage in zip(credit.row, credit.node, credit.advantage, strict=True):
+        walks = sum(chance[int(leaf)] * reward[int(leaf)] for leaf in tree.leaves_below(int(node)))
+        assert credit.row_weight[row] * (advantage + value[tree.parent[node]]) == pytest.approx(walks, abs=1e-12)
+
+
+@given(tree=trees())
+def test_leaf_weights_count_leaves(tree):
+    credit = load("treerpo", unit_weights="leaves").credit([tree])[0]
+    plain = load("treerpo").credit([tree])[0]
+    assert (credit.node == plain.node).all() and (credit.advantage == plain.advantage).all() and (plain.row_weight == 1).all()
+    for row, node in zip(credit.row, credit.node, strict=True):
+        assert credit.row_weight[row] * len(tree.leaves) == pytest.approx(len(tree.leaves_below(int(node))))
+
+
+@given(tree=trees(rewards=st.floats(0, 1)))
 def test_credits_of_a_group_sum_to_zero_over_leaves(tree):
     credit = load("grpo").credit([tree])[0]
     leaf_value = {int(credit.row_leaf[r]): a for r, a in zip(credit.row, credit.advantage, strict=True)}

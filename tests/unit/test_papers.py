@@ -42,13 +42,28 @@ def test_treepo_prints_a_sequential_line_twice():
         assert (first.arm, first.values, first.overall) == (second.arm, second.values, second.overall)
 
 
-def test_derived_figures_are_what_they_are_derived_from():
-    derived = [result for result in find_paper("treerpo").results if result.derived]
-    assert [result.overall for result in derived] == [32.6, 32.7, 35.6]
-    for result in derived:
-        minuend, subtrahend = result.derived.split(" - ")
-        assert float(minuend) - float(subtrahend) == pytest.approx(result.overall, abs=1e-9)
-    assert not any(result.derived for result in find_paper("treepo").results)
+def test_treerpo_overalls_are_the_plain_means_of_their_sets():
+    tables = [result for result in find_paper("treerpo").results if result.values]
+    assert [(r.table, r.arm) for r in tables] == [(f"Table 1, {size}", arm) for size in ("1.5B", "7B") for arm in ("GRPO", "TreeRPO")]
+    for result in tables:
+        assert set(result.values) == {spec.name for spec in find_suite("treerpo").sets}
+        assert sum(result.values.values()) / 4 == pytest.approx(result.overall, abs=0.0501), result  # given to one decimal
+    grpo, treerpo = tables[:2]
+    figures = {figure.what: figure.values for figure in find_paper("treerpo").figures}
+    assert treerpo.overall - grpo.overall == pytest.approx(figures["Pass@1, TreeRPO - GRPO"]["four sets"], abs=0.05)
+    lengths = figures["mean response length, TreeRPO against GRPO"]
+    assert sum(lengths[name] for name in treerpo.values) / 4 == pytest.approx(lengths["four sets"], abs=0.1)
+
+
+def test_treerpo_recipes_share_all_but_algorithm_and_sampler():
+    grpo, treerpo = (recipe_config(f"run --preset {name}") for name in ("treerpo-grpo-paper", "treerpo-paper"))
+    assert {key for key in grpo if grpo[key] != treerpo[key]} == {"algo", "sampler", "credit"}
+    assert treerpo["sampler"]["temperature"] == grpo["sampler"]["temperature"] == treerpo["evaluation"]["temperature"] == 0.6
+    assert (treerpo["loss"]["kl_coef"], treerpo["loss"]["entropy_coef"]) == (0.001, 0.001)
+    assert sum(treerpo["sampler"]["segment_tokens"]) == grpo["sampler"]["max_response_tokens"] == 1152
+    schedule = treerpo["schedule"]
+    assert (schedule["steps"], schedule["problems_per_step"], schedule["mini_batches"], treerpo["optim"]["lr"]) == (300, 128, 2, 1e-6)
+    assert find_paper("treerpo").protocol.matched.startswith("optimiser steps (300), problems per step (128), updates per step (2)")
 
 
 @pytest.mark.parametrize("name", papers())
