@@ -42,24 +42,30 @@ class Agreement:
 
 
 def load_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a verifier file that have a verdict; `expected` is that verdict."""
+    """The rows of a verifier file that have a verdict; `expected` is that verdict: `adjudicated` where it is set, else what the file calls
+    `expected` or `correct`."""
     with path.open(encoding="utf-8") as lines:
         rows = [json.loads(line) for line in lines if line.strip()]
     for row in rows:
-        row["expected"] = row.get("adjudicated", row["correct"])
+        row["expected"] = row.get("adjudicated", row.get("expected", row.get("correct")))
     return [row for row in rows if isinstance(row["expected"], bool)]
 
 
 def read_answers(rows: Sequence[dict[str, Any]], reading: str) -> list[tuple[str, str]]:
     """(gold, text) as the grader is to see them."""
     if reading == "response":
-        return [(row["gold"], f"\\boxed{{{row['prediction']}}}" if _is_answer(row) else row["prediction"]) for row in rows]
+        return [(row["gold"], _response(row)) for row in rows]
     return [(row["gold"], f"\\boxed{{{row['extracted']}}}") for row in rows]
+
+
+def _response(row: dict[str, Any]) -> str:
+    text: str = row["response"] if "response" in row else row["prediction"]
+    return f"\\boxed{{{text}}}" if _is_answer(row) else text
 
 
 def _is_answer(row: dict[str, Any]) -> bool:
     """These two test suites compare answers, not responses: their predictions are LaTeX without delimiters."""
-    return row["source"].startswith(("OpenBMB/OlympiadBench", "NVIDIA/NeMo-Skills")) and "\\boxed" not in row["prediction"]
+    return row["source"].startswith(("OpenBMB/OlympiadBench", "NVIDIA/NeMo-Skills")) and "\\boxed" not in row.get("prediction", "")
 
 
 def audit_file(path: Path, grader: Grader) -> list[Agreement]:

@@ -7,17 +7,19 @@ from __future__ import annotations
 
 import re
 
+from rlzoo.rewards.notation import rewrite
+
 MAX_ANSWER_CHARS = 2_000
 """A longer answer counts as unparsable: the longest gold of the common test sets has 130 characters."""
 TAIL_CHARS = 4_000
 """How much of the end of a response is searched when it has no box (and a box is not required)."""
 
 _TOKEN = re.compile(r"\\(?:boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)
-_SEPARATORS = re.compile(r"(?:[\s,;.$&]|\\[()\[\],;:! ]|\\q?quad|\\text\s*\{\s*,?\s*(?:and|or)?\s*\}|\b(?:and|or)\b)*")
+_SEPARATORS = re.compile(
+    r"(?:[\s,;.$&]|\b[A-Za-z](?:_(?:\w|\{\w{1,3}\}))? ?=|\\[()\[\],;:! ]|\\q?quad|\\text\s*\{\s*,?\s*(?:and|or)?\s*\}|\b(?:and|or)\b)*"
+)
 _MAX_GAP = 60
 _THOUSANDS = re.compile(r"\\?\$?-?\d{1,3}(?:,\d{3})+(?:\.\d+)?")
-_SCIENTIFIC = re.compile(r"([+-]?(?:\d+\.?\d*|\.\d+))[eE]([+-]?)0*(\d{1,4})")
-_DANGLING_POINT = re.compile(r"(?<=\d)\.(?=\s*(?:[/})\]]|$))")
 
 
 def last_boxed(text: str) -> str | None:
@@ -75,19 +77,10 @@ def is_list(answer: str) -> bool:
 
 
 def tidy(answer: str) -> str:
-    """Rewrite the few notations that the LaTeX parser misreads; the value stays the same.
-
-    `4.5e33` becomes `4.5 \\times 10^{33}` (it would be read as 4.5·e·33), `-1./3` becomes `-1/3`, `5.` becomes `5`,
-    a typographic minus becomes a hyphen, line breaks become blanks. Lone surrogates are replaced.
-    """
-    answer = answer.encode("utf-8", "replace").decode("utf-8")
-    answer = " ".join(answer.split()).replace("−", "-")
-    answer = _DANGLING_POINT.sub("", answer)
-    match = _SCIENTIFIC.fullmatch(answer)
-    if match:
-        sign = "-" if match[2] == "-" else ""
-        return f"{match[1]} \\times 10^{{{sign}{match[3]}}}"
-    return answer
+    """An answer on one line, without lone surrogates, in notation that the parser reads as it was meant (`notation.rewrite`). What is
+    longer than MAX_ANSWER_CHARS is no answer and stays as it is."""
+    answer = " ".join(answer.encode("utf-8", "replace").decode("utf-8").split())
+    return answer if len(answer) > MAX_ANSWER_CHARS else rewrite(answer)
 
 
 def gold_answer(gold: str) -> str:

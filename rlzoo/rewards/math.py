@@ -26,7 +26,7 @@ from rlzoo.rewards.numbers import compare_plain
 from rlzoo.rewards.pool import Job, Pool, Task
 from rlzoo.rewards.worker import Limits
 
-REVISION = 1  # raise it whenever a verdict can change
+REVISION = 2  # raise it whenever a verdict can change
 
 
 class Kind(StrEnum):

@@ -6,6 +6,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Literal
 
+from ..rewards.extract import last_boxed
 from ..tree import Stop
 
 
@@ -85,30 +86,5 @@ def repeats(text: str, chars: int, times: int) -> bool:
 
 
 def has_boxed(text: str) -> bool:
-    r"""Whether `text` holds a complete \boxed{...} with balanced braces (escaped braces do not count)."""
-    start = text.find("\\boxed")
-    while start >= 0:
-        if _closes(text, start + len("\\boxed")):
-            return True
-        start = text.find("\\boxed", start + 1)
-    return False
-
-
-def _closes(text: str, at: int) -> bool:
-    while at < len(text) and text[at].isspace():
-        at += 1
-    if at >= len(text) or text[at] != "{":
-        return False
-    depth, escaped = 0, False
-    for char in text[at:]:
-        if escaped:
-            escaped = False
-        elif char == "\\":
-            escaped = True
-        elif char == "{":
-            depth += 1
-        elif char == "}":
-            depth -= 1
-            if depth == 0:
-                return True
-    return False
+    r"""Whether `text` holds a complete \boxed{...} with balanced braces (escaped braces do not count): what the grader would read."""
+    return last_boxed(text) is not None

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 PURE = {"tree.py", "builder.py"}
 ALLOWED = {  # package -> what of rlzoo it may import (first component below rlzoo)
     "credit": {"tree", "credit"},
-    "sampling": {"tree", "builder", "sampling", "backends"},
+    "sampling": {"tree", "builder", "sampling", "backends", "rewards"},
     "losses": {"tree", "credit", "losses"},
 }
 ALGORITHM_MAY = ("rlzoo.algorithm", "rlzoo.sampling", "rlzoo.credit", "rlzoo.losses", "rlzoo.rewards.shaping")
