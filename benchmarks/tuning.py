@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from typing import Any
 
 import tyro
 
+from rlzoo.store.processes import own_environment, own_program
 from rlzoo.store.runs import RunFolder, write_aside
 
 
@@ -53,9 +53,9 @@ def run_cell(grid: Grid, algo: str, lr: float, seed: int) -> dict[str, Any]:
         threads = ["--backend.threads", "1"] if grid.jobs > 1 else []
         name, *options = algo.split("@")
         changed = [flag for option in options for flag in _flag(option)]
-        command = [sys.executable, "-m", "rlzoo.cli", "run", "--algo", name, *changed, "--out", str(folder), "--seed", str(seed)]
+        command = [*own_program("rlzoo.cli"), "run", "--algo", name, *changed, "--out", str(folder), "--seed", str(seed)]
         command += ["--optim.lr", f"{lr:g}", "--evaluation.suite", "none", "--trackers", "none", *threads, *grid.flags.split()]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=own_environment())
         if done.returncode:
             return {"algo": algo, "lr": lr, "seed": seed, "error": done.stderr.strip().splitlines()[-1:]}
     return read_cell(folder, algo, lr, seed)

@@ -22,6 +22,7 @@ from . import registry
 from .algorithm import options
 from .config import PLUGGABLE, RunConfig, build, chosen_names, presets, read_preset, read_toml
 from .errors import one_line
+from .escape import visible
 from .store.runs import RunFolder
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ def _complain(message: str, status: int) -> int:
         import traceback
 
         traceback.print_exc()
-    print(f"rlzoo: {message}", file=sys.stderr)
+    print(f"rlzoo: {visible(message)}", file=sys.stderr)
     return status
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
@@ -36,6 +39,20 @@ def find(kind: str, name: str) -> Any:
     return entries[name].load()
 
 
+@contextmanager
+def staying_put() -> Iterator[None]:
+    """Run somebody else's code; the working folder is afterwards what it was before."""
+    here = None
+    with suppress(OSError):  # the folder was removed
+        here = os.getcwd()
+    try:
+        yield
+    finally:
+        if here is not None:
+            with suppress(OSError):
+                os.chdir(here)
+
+
 def plugin(reference: str, what: str) -> Any:
     """The object named by "package.module:attribute".
 
@@ -47,6 +64,7 @@ def plugin(reference: str, what: str) -> Any:
     if not module or not attribute:
         raise ValueError(f"{what} {reference!r} is neither a known name nor of the form package.module:function")
     try:
-        return entry.load()
+        with staying_put():
+            return entry.load()
     except Exception as error:  # importing runs the user's module, which may raise anything
         raise ValueError(f"{what} {reference!r} cannot be loaded: {type(error).__name__}: {error}") from error

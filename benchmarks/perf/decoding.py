@@ -111,8 +111,12 @@ def load(options: argparse.Namespace) -> tuple[Any, Any]:
     """The model and its tokenizer."""
     if not options.model:
         return random_model(options.end_rate).to(options.device), Numbers()
-    model: Any = transformers.AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32).eval().to(options.device)
-    return model, transformers.AutoTokenizer.from_pretrained(options.model)
+    model: Any = (
+        transformers.AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32, trust_remote_code=False)
+        .eval()
+        .to(options.device)
+    )
+    return model, transformers.AutoTokenizer.from_pretrained(options.model, trust_remote_code=False)
 
 
 def make_prompts(tokenizer: Any, count: int) -> list[Prompt]:

@@ -12,7 +12,6 @@ import argparse
 import atexit
 import os
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -33,6 +32,7 @@ from scipy.stats import theilslopes
 from rlzoo.rewards.math import Grader, GraderConfig
 from rlzoo.rewards.reward import Item
 from rlzoo.store.files import PARTIAL, locked
+from rlzoo.store.processes import own_program
 from rlzoo.store.runs import RunFolder
 
 from .recording import provenance, record
@@ -228,7 +228,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     run = ["run", "--algo", args.algo, "--schedule.steps", str(args.steps), "--out", str(args.out), "--evaluation.suite", "none"]
     if "--reward" not in flags:
         run += ["--reward", "rlzoo.benchmarks.perf.soak:through_workers"]
-    found = soak([sys.executable, "-m", "rlzoo.cli", *run, *flags], args.out, args.steps, args.every)
+    found = soak([*own_program("rlzoo.cli"), *run, *flags], args.out, args.steps, args.every)
     record({"benchmark": "soak", "algo": args.algo, "steps": args.steps, "flags": " ".join(flags)} | found | provenance(), args.row)
 
 

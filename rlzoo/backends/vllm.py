@@ -121,6 +121,7 @@ class VllmBackend:
     def _arguments(self, model: Any, dtype: str, device: str, memory: float) -> dict[str, Any]:
         shared = {
             "model": self._folder,
+            "trust_remote_code": False,
             "skip_tokenizer_init": True,
             "load_format": "dummy",
             "dtype": dtype,

@@ -87,7 +87,8 @@ def render(template: str, problem: Problem, tokenizer: Any) -> list[int]:
     """
     function = find_template(template)
     try:
-        made = function(problem, tokenizer)
+        with registry.staying_put():
+            made = function(problem, tokenizer)
         ids = _encode(made, tokenizer) if isinstance(made, str) else [int(t) for t in made]
     except ValueError:
         raise

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from ..config import read_toml
+from ..escape import visible
 from ..report.grid import Grid
 from ..report.plots import AXES, curves, frontiers, points
 from ..report.text import count, percent
@@ -230,7 +231,7 @@ def _tell(compared: Compared, out: Path | None, as_json: bool) -> Compared:
         for grid in compared.grids():
             grid.print()
         if out is not None:
-            print(f"written: {out / 'compare.md'} and {out / 'compare.json'}")
+            print(visible(f"written: {out / 'compare.md'} and {out / 'compare.json'}"))
     return compared
 
 

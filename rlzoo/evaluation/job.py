@@ -18,6 +18,7 @@ from ..backends.select import choose, open_backend, open_server
 from ..data.problems import Problem
 from ..data.templates import render
 from ..errors import one_line
+from ..escape import visible
 from ..report.evaluated import print_evaluation
 from ..report.progress import Progress, Shown
 from ..rewards.math import GraderConfig, grader_name
@@ -162,7 +163,7 @@ def _open_engine(config: EvalConfig) -> tuple[Backend, Ledger]:
 
 def _ended(path: Path, row: dict[str, Any], how: str) -> Evaluation:
     print_evaluation(row)
-    print(f"evaluation folder: {path}{how}")
+    print(visible(f"evaluation folder: {path}{how}"))
     return Evaluation(path, row)
 
 

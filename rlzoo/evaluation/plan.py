@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..config import RunConfig, build
+from ..escape import visible
 from ..store.cost import spent
 from ..store.files import LOCK, write_aside
+from ..store.processes import own_environment, own_program
 from ..store.runs import RunFolder
 from ..store.toml import dump_toml
 
@@ -109,7 +111,7 @@ def _run_cell(place: Path, config: RunConfig) -> str | None:
             fcntl.flock(file, fcntl.LOCK_EX)
     if (place / "summary.json").is_file():
         return None
-    command = [sys.executable, "-m", "rlzoo.cli", "run", "--out", str(place)]
+    command = [*own_program("rlzoo.cli"), "run", "--out", str(place)]
     if (place / "config.toml").is_file():
         command.append("--resume")
     else:
@@ -117,8 +119,8 @@ def _run_cell(place: Path, config: RunConfig) -> str | None:
         written.parent.mkdir(parents=True, exist_ok=True)
         write_aside(written, dump_toml(config.to_dict()))
         command += ["--config", str(written)]
-    print(f"{place}: {'goes on' if '--resume' in command else 'starts'}", file=sys.stderr, flush=True)
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    print(visible(f"{place}: {'goes on' if '--resume' in command else 'starts'}"), file=sys.stderr, flush=True)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=own_environment())
     if not done.returncode:
         return None
     said: Sequence[str] = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]

@@ -9,8 +9,10 @@ from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 
 from rich.console import Console
+from rich.markup import escape
 
 from .. import registry
+from ..escape import visible
 
 PACKAGES = ("torch", "transformers", "accelerate", "datasets", "math-verify", "tensorboard", "pandas", "pyarrow", "safetensors")
 
@@ -22,7 +24,7 @@ def examine(console: Console | None = None) -> int:
     for check in (_packages, _registry, _machine, _model, _grader):
         for good, line in _guarded(check):
             broken += not good
-            console.print(("[green]ok  [/green] " if good else "[red]BAD [/red] ") + line, highlight=False)
+            console.print(("[green]ok  [/green] " if good else "[red]BAD [/red] ") + escape(visible(line)), highlight=False)
     console.print("all well" if not broken else f"{broken} finding(s) to mend")
     return 1 if broken else 0
 

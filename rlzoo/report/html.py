@@ -15,7 +15,7 @@ from string import Template
 from typing import Any
 
 from ..store.cost import PHASES, spent
-from ..store.files import write_aside
+from ..store.files import refuse_special, write_aside
 from ..store.runs import RunFolder
 from ..store.trees import StoredTree, read_trees
 from ..tree import Tree
@@ -70,6 +70,7 @@ def _check(runs: Sequence[Path], out: Path, trees: int, force: bool) -> None:
         raise ValueError(f"--trees {trees}; allowed: 0 (no tree viewer) or more per run")
     if not out.absolute().parent.is_dir():
         raise ValueError(f"cannot write the report {out}: there is no folder {out.parent}")
+    refuse_special(out)
     if out.is_dir():
         raise ValueError(f"cannot write the report {out}: it is a folder; name a file, such as {out / 'report.html'}")
     if out.exists() and not force:

@@ -10,6 +10,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from ..escape import visible
 from ..evaluation.arms import TRAINED
 from ..evaluation.rows import Protocol, ResultRow, read_row
 from ..store.files import write_aside
@@ -83,7 +84,7 @@ def write_leaderboard(results: Path, into: Path | None = None) -> None:
         write_aside(path, text)
     for grid in grids:
         grid.print()
-    print(f"written: {', '.join(map(str, told))}")
+    print(visible(f"written: {', '.join(map(str, told))}"))
 
 
 def _markdown(grids: Sequence[Grid], level: int = 2) -> str:

@@ -15,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 from rich.progress import Progress as Bar
 from rich.text import Text
 
+from ..escape import visible
 from .text import count
 
 
@@ -100,7 +101,7 @@ class Progress:
     def note(self, text: str) -> None:
         """A message that stays, above the bar or as a line of its own."""
         if self._bar is not None:
-            self._console.print(Text(text))
+            self._console.print(Text(visible(text)))
         else:
             self._plain(text)
 
@@ -129,7 +130,7 @@ class Progress:
 
     def _plain(self, text: str) -> None:
         # straight to the stream: a console that is no terminal would break lines at 80 columns
-        print(f"[{self._clock() - self._started:8.1f} s] {text}", file=self._console.file, flush=True)
+        print(f"[{self._clock() - self._started:8.1f} s] {visible(text)}", file=self._console.file, flush=True)
 
 
 @contextmanager

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from ..escape import visible
 from ..evaluation.papers import ConfigOf, Found, Paper, Result, check_claim, find_paper, measured, read_rows, rows_of
 from ..evaluation.rows import ResultRow
 from ..evaluation.stats import Estimate
@@ -38,7 +39,7 @@ def print_reproduction(name: str, results: Path, *, mini: bool, config_of: Confi
         about = f"Made by `rlzoo reproduce {name}{scale}` from the rows in {results.name}/. {paper.title} (arXiv {paper.arxiv})."
         write_aside(out, f"# {name}: {'its claims on the embedded job' if mini else 'published and ours'}\n\n{about}\n\n" + _pages(grids))
     for i, grid in enumerate(grids):
-        print(("\n" if i else "") + grid.title)
+        print(("\n" if i else "") + visible(grid.title))
         grid.print()
 
 

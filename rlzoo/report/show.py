@@ -8,6 +8,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from ..escape import visible
 from ..store.runs import RunFolder
 from ..store.trees import read_trees
 from .treeview import header, list_trees, render_tree
@@ -31,7 +32,7 @@ def show_tree(run: Path, *, tree: int | None = None, step: int | None = None, co
     stored = read_trees(folder.trees_path(chosen))
     console = console or Console(width=None if sys.stdout.isatty() else PIPED_WIDTH)
     if tree is None:
-        console.print(f"step {chosen} of {run}; show one with --tree K")
+        console.print(visible(f"step {chosen} of {run}; show one with --tree K"), markup=False, highlight=False)
         console.print(list_trees(stored))
         return
     if not 0 <= tree < len(stored):

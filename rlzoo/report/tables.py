@@ -13,6 +13,7 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from ..escape import markdown, visible
 from ..evaluation.runner import SetResult
 from ..evaluation.stats import Estimate, paired_difference, stratified_difference, stratified_mean
 from .grid import columns, pipes
@@ -275,9 +276,9 @@ def render_table(table: FinalTable) -> RenderableType:
         for i, name in enumerate(head):
             shown.add_column(name, justify="left" if i < 2 and name in ("set", "model") else "right")
         for row in rows:
-            shown.add_row(*[Text(cell) for cell in row], style="bold" if row[0] == OVERALL else "", end_section=_ends(row))
+            shown.add_row(*[Text(visible(cell)) for cell in row], style="bold" if row[0] == OVERALL else "", end_section=_ends(row))
         parts.append(shown)
-    parts += [Text(line, style="dim") for line in caption(table)]
+    parts += [Text(visible(line), style="dim") for line in caption(table)]
     return Group(*parts)
 
 
@@ -287,13 +288,14 @@ def _ends(row: Sequence[str]) -> bool:
 
 def plain_table(table: FinalTable) -> str:
     """The table as text in columns, of whatever width it needs: for logs and pipes."""
-    return "\n\n".join([*(columns(head, rows) for _, head, rows in both(table)), "\n".join(caption(table))]) + "\n"
+    return "\n\n".join([*(columns(head, rows) for _, head, rows in both(table)), "\n".join(map(visible, caption(table)))]) + "\n"
 
 
 def markdown_table(table: FinalTable, title: str = "") -> str:
     """The table as Markdown, for `results/`."""
     parts = [pipes(head, rows) + "\n" for _, head, rows in both(table)]
-    return "\n".join([*([f"# {title}\n"] if title else []), *parts, "\n".join(f"- {line}" for line in caption(table))]) + "\n"
+    notes = "\n".join(f"- {markdown(line)}" for line in caption(table))
+    return "\n".join([*([f"# {markdown(title)}\n"] if title else []), *parts, notes]) + "\n"
 
 
 def print_table(table: FinalTable, console: Console | None = None) -> None:

@@ -12,6 +12,7 @@ from rich.tree import Tree as Branches
 
 from ..credit.base import Credit
 from ..credit.values import mean_of_children
+from ..escape import visible
 from ..store.trees import StoredTree
 from ..tree import ROOT, Float64, Int32, Role, Stop, Tree
 from .text import count
@@ -146,7 +147,7 @@ def _text(tokens: Int32, decode: Decode, clip: int) -> str:
 
 def _one_line(text: str, clip: int) -> str:
     """Line breaks shown, control characters (which could drive the terminal) made visible; beginning and end of a long text."""
-    flat = "".join("⏎" if c == "\n" else (c if c.isprintable() else repr(c)[1:-1]) for c in text)
+    flat = visible(text.replace("\n", "⏎"))
     return flat if len(flat) <= clip else f"{flat[: clip * 2 // 3]} … {flat[len(flat) - clip // 3 :]}"
 
 
@@ -159,5 +160,5 @@ def list_trees(stored: Sequence[StoredTree]) -> RenderableType:
         tree, trained = s.tree, s.credit is not None and len(s.credit.row) > 0
         right, wrong = int((tree.correct == 1).sum()), int((tree.correct == 0).sum())
         cells = [str(i), s.record.problem_id, s.record.gold, str(right), str(wrong), str(tree.nodes - 1), str(tree.sampled_tokens)]
-        table.add_row(*[Text(c) for c in [*cells, "yes" if trained else "no", _one_line(s.record.problem, 60)]])
+        table.add_row(*[Text(visible(c)) for c in [*cells, "yes" if trained else "no", _one_line(s.record.problem, 60)]])
     return table

@@ -1,8 +1,9 @@
 """The caller's side of the grading workers: a queue, a dispatcher thread, and the rules for what a death means.
 
-A pair is charged for its own fault only. Its deadline or the memory limit: `timed_out`. A crash (signal): once more in a fresh
-process, and if it crashes that too, `timed_out`. Anything that is not the answer's doing (the worker cannot start, is killed from
-outside, is starved past the wall-clock backstop): once more, then `failed`. The other pairs of a dead worker go back to the queue.
+A pair is charged for its own fault only. Its deadline or the memory limit: `timed_out`. A crash (SIGSEGV and its like): once more in
+a fresh process, and if it crashes that too, `timed_out`. A death by any other signal comes from outside and says nothing of the pair: it
+is graded again, and `failed` only after MAX_KILLS of them. A worker that cannot start, answers nonsense or is starved past the wall-clock
+backstop: once more, then `failed`. The other pairs of a dead worker go back to the queue.
 """
 
 from __future__ import annotations
@@ -14,21 +15,22 @@ import selectors
 import signal
 import struct
 import subprocess
-import sys
 import tempfile
 import threading
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import IO, Any
 
 from rlzoo.rewards.worker import Limits, pack
+from rlzoo.store.processes import PACKAGE_ROOT, own_program
 
 _WINDOW = 4  # pairs sent ahead to a worker, so that it never waits for the caller
 _WINDOW_BYTES = 48_000  # below a pipe's buffer: the dispatcher must never block on a write
 _MAX_TRIES = 2
+MAX_KILLS = 16  # deaths by signals from outside, of one pair's graders or of workers in a row
+_CRASHES = frozenset({signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGABRT, signal.SIGTRAP, signal.SIGSYS})
 _GRACE_S = 10.0  # over the worker's own wall-clock backstop
 _ENVIRONMENT = ("PATH", "LANG", "LC_ALL", "TMPDIR", "VIRTUAL_ENV", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "SYSTEMROOT")
 
@@ -49,6 +51,7 @@ class Task:
     answer: str
     boxed: bool
     tries: int = 0
+    kills: int = 0
     size: int = 0
     outcome: Outcome | None = None
     job: Job | None = None
@@ -78,9 +81,8 @@ class _Worker:
 
     def __init__(self, command: Sequence[str]) -> None:
         self.errors: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - closed by stop()
-        root = str(Path(__file__).resolve().parents[2])
         environment = {k: v for k, v in os.environ.items() if k in _ENVIRONMENT}
-        environment |= {"PYTHONPATH": root, "PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1"}
+        environment |= {"PYTHONPATH": PACKAGE_ROOT, "PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1"}
         try:
             self.process = subprocess.Popen(
                 command, bufsize=0, env=environment, start_new_session=True,
@@ -126,6 +128,13 @@ class _Worker:
             self.buffer = self.buffer[4 + size :]
         return found
 
+    def killed(self) -> bool:
+        """Whether a signal has ended the worker, whose output has ended: from outside, for it never sees an answer."""
+        try:
+            return self.process.wait(0.2) < 0  # its end may come a moment after its output's
+        except subprocess.TimeoutExpired:
+            return False
+
     def stop(self) -> str:
         """Kill the worker with all its children; its last words."""
         with contextlib.suppress(ProcessLookupError, PermissionError):
@@ -147,7 +156,7 @@ class Pool:
         self, workers: int, limits: Limits, *, start_timeout_s: float = 60.0, max_starts: int = 3, command: Sequence[str] | None = None
     ) -> None:
         self.size, self.limits, self.start_timeout_s, self.max_starts = workers, limits, start_timeout_s, max_starts
-        self.command = tuple(command) if command else (sys.executable, "-P", "-m", "rlzoo.rewards.worker", limits.to_json())
+        self.command = tuple(command) if command else (*own_program("rlzoo.rewards.worker"), limits.to_json())
         self.restarts = 0
         self.cpu_s = 0.0  # of all workers so far, in their own processes
         self._queue: deque[Task] = deque()
@@ -156,6 +165,7 @@ class Pool:
         self._closing = False
         self._want = 0  # workers to keep running even without work
         self._strikes = 0  # worker failures since the last sign of life
+        self._kills = 0  # workers killed from outside since then
         self._thread: threading.Thread | None = None
         self._wake_read, self._wake_write = os.pipe()
         os.set_blocking(self._wake_write, False)
@@ -246,18 +256,20 @@ class Pool:
             return max(min(self.size, len(self._queue) + sum(len(w.in_flight) for w in self._workers)), self._want)
 
     def _give_up(self) -> bool:
-        return self._strikes >= self.max_starts
+        return self._strikes >= self.max_starts or self._kills > MAX_KILLS
 
-    def _strike(self, why: str) -> None:
-        """Count a worker failure. After `max_starts` in a row whatever waits is `failed`; the next submit tries afresh."""
-        self._strikes += 1
+    def _strike(self, why: str, *, killed: bool = False) -> None:
+        """Count a worker failure. After `max_starts` in a row, or MAX_KILLS from outside, whatever waits is `failed`; the next submit tries
+        afresh."""
+        self._kills += killed
+        self._strikes += not killed
         if not self._give_up() or any(w.ready for w in self._workers):
             return
         with self._lock:
             left = list(self._queue)
             self._queue.clear()
             self._want = 0
-            self._strikes = 0
+            self._strikes = self._kills = 0
         for task in left:
             self._settle(task, Outcome("failed", f"grading workers do not start: {why}"))
 
@@ -317,7 +329,7 @@ class Pool:
                     self._dismiss(worker, strike=True)
                     return
             elif worker.in_flight and frame.get("id") == id(worker.in_flight[0]):
-                self._strikes = 0
+                self._strikes = self._kills = 0
                 self._settle(worker.pop(), Outcome(str(frame["kind"]), str(frame.get("detail", ""))))
             else:
                 self._dismiss(worker, strike=True)
@@ -343,16 +355,21 @@ class Pool:
             self._strikes = 0
             self._settle(worker.pop(), Outcome("timed_out", f"{reason} limit"))
             return True
-        if reason == "wall" or (reason.startswith("signal") and reason != f"signal {int(signal.SIGKILL)}"):
-            task = worker.pop()
-            kind = "failed" if reason == "wall" else "timed_out"
-            self._again(task, Outcome(kind, "starved: over the wall-clock limit" if reason == "wall" else f"crashed with {reason}"))
+        if reason == "wall":
+            self._again(worker.pop(), Outcome("failed", "starved: over the wall-clock limit"))
             return True
-        return False
+        if not reason.startswith("signal"):
+            return False
+        if int(reason.removeprefix("signal ")) in _CRASHES:
+            self._again(worker.pop(), Outcome("timed_out", f"crashed with {reason}"))
+        else:
+            self._again(worker.pop(), Outcome("failed", f"its grader was killed from outside ({reason})"), killed=True)
+        return True
 
-    def _again(self, task: Task, otherwise: Outcome) -> None:
-        task.tries += 1
-        if task.tries >= _MAX_TRIES:
+    def _again(self, task: Task, otherwise: Outcome, *, killed: bool = False) -> None:
+        task.kills += killed
+        task.tries += not killed
+        if task.tries >= _MAX_TRIES or task.kills > MAX_KILLS:
             self._settle(task, otherwise)
             return
         with self._lock:
@@ -362,14 +379,15 @@ class Pool:
         """Kill a worker; the pair that it was grading has one more try, the others go back to the queue."""
         self._workers.remove(worker)
         self.restarts += strike
+        killed = strike and worker.killed()
         why = worker.stop()
         waiting = list(worker.in_flight)
         with self._lock:
             self._queue.extendleft(reversed(waiting[1:]))
         if waiting:
-            self._again(waiting[0], Outcome("failed", f"the worker died: {why}"))
+            self._again(waiting[0], Outcome("failed", f"the worker died: {why}"), killed=killed)
         if strike:
-            self._strike(why)
+            self._strike(why, killed=killed)
 
     def _police(self) -> None:
         now = time.monotonic()

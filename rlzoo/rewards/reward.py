@@ -84,7 +84,8 @@ class PluginReward:
 
     def collect(self, ticket: Sequence[Item]) -> list[Grade]:
         try:
-            values = list(self._function(list(ticket)))
+            with registry.staying_put():
+                values = list(self._function(list(ticket)))
         except Exception as error:  # the user's code, whatever it raises
             raise RuntimeError(f"reward {self._name} failed: {type(error).__name__}: {error}") from error
         if len(values) != len(ticket):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
+import stat
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,8 +19,13 @@ LOCK = ".lock"
 @contextmanager
 def aside(target: Path) -> Iterator[Path]:
     """A path beside `target` to write a file or a folder to. At the end of the block it is brought to disk and then named
-    `target`, in place of what had that name: neither a kill nor a power cut leaves half of it. An error leaves nothing.
+    `target`, in place of what had that name: neither a kill nor a power cut leaves half of it. An error leaves nothing. Of a link
+    the link itself is replaced, not what it leads to.
+
+    Raises:
+        ValueError: what has that name is a device, a pipe or a socket.
     """
+    refuse_special(target)
     partial = target.with_name(PARTIAL + target.name)
     target.parent.mkdir(parents=True, exist_ok=True)
     remove(partial)
@@ -27,7 +33,7 @@ def aside(target: Path) -> Iterator[Path]:
         yield partial
         for path in [partial, *partial.rglob("*")]:
             _to_disk(path)
-        if target.is_dir():
+        if target.is_dir() and not target.is_symlink():
             shutil.rmtree(target)  # rename() replaces a file, but no folder with something in it
         partial.replace(target)
         _to_disk(target.parent)
@@ -49,10 +55,38 @@ def write_aside(path: Path, text: str) -> None:
 
 def remove(path: Path) -> None:
     """Remove a file or a folder, if it is there."""
-    if path.is_dir():
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+def refuse_special(path: Path) -> None:
+    """Nothing is there, or a file, a folder or a link.
+
+    Raises:
+        ValueError: a device, a pipe or a socket, which a file must not replace.
+    """
+    try:
+        mode = path.lstat().st_mode
+    except OSError:  # nothing there, or no right to look: writing will tell
+        return
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode) or stat.S_ISLNK(mode)):
+        raise ValueError(f"{path} is a device, a pipe or a socket; name a file")
+
+
+def refuse_ways_out(folder: Path) -> None:
+    """Nothing in `folder`, at any depth, leads elsewhere or is no file.
+
+    Raises:
+        ValueError: a link to outside, or a device, a pipe or a socket.
+    """
+    inside = folder.resolve()
+    for above, folders, files in os.walk(folder):
+        for path in (Path(above) / name for name in (*folders, *files)):
+            refuse_special(path)
+            if path.is_symlink() and not path.resolve().is_relative_to(inside):
+                raise ValueError(f"{path} is a link to {path.resolve()}, outside the run folder: nothing is written through it; remove it")
 
 
 def remove_partials(folder: Path) -> None:
@@ -89,8 +123,9 @@ def locked(folder: Path) -> Iterator[list[Path]]:
     gives it back when the process ends, however it ends.
 
     Raises:
-        ValueError: another process has it, or it cannot be made or written.
+        ValueError: another process has it, it cannot be made or written, or something in it leads elsewhere.
     """
+    refuse_ways_out(folder)
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -9,6 +9,7 @@ import time
 import tomllib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -122,14 +123,14 @@ class RunFolder:
 
     @classmethod
     def place(cls, out: Path | None, name: str, asked: Row, *, resume: bool, whole: Callable[[Row, str], Row]) -> Path:
-        """Where a run or an evaluation of the config `asked` works: in a folder that is free, runs/NAME-TIME without `out`; or, to
+        """Where a run or an evaluation of the config `asked` works: in a folder that is free, runs/NAME-TIME-PROCESS without `out`; or, to
         `resume` one, in the folder `out` that holds it. `whole` completes a stored config (with its origin) with younger options.
 
         Raises:
             ValueError: the folder is taken; or there is nothing to go on with in it, or something of another config.
         """
         if not resume:
-            path = out or Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+            path = out or _free(Path("runs"), f"{name}-{time.strftime('%Y%m%d-%H%M%S')}")
             cls.refuse_taken(path)
             return path
         if out is None:
@@ -221,6 +222,12 @@ class RunFolder:
         except ValueError as error:
             raise ValueError(f"{path} is not JSON: {error}") from error
         return row
+
+
+def _free(folder: Path, name: str) -> Path:
+    """A path in `folder` that nothing has, whoever else starts in the same second: with this process's number, and a count if need be."""
+    first = folder / f"{name}-{os.getpid()}"
+    return next(path for path in chain([first], (first.with_name(f"{first.name}-{i}") for i in count(2))) if not path.exists())
 
 
 def read_rows(path: Path) -> list[Row]:

@@ -114,7 +114,7 @@ def read(checkpoint: Path, model: Any) -> Saved:
         raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise BrokenError(f"checkpoint {checkpoint} is broken: {error}") from error
-    weights = type(model).from_pretrained(checkpoint, dtype=model.dtype).state_dict()
+    weights = type(model).from_pretrained(checkpoint, dtype=model.dtype, trust_remote_code=False, use_safetensors=True).state_dict()
     own = model.state_dict()
     other = [name for name in {**own, **weights} if name not in own or name not in weights or own[name].shape != weights[name].shape]
     if other:

@@ -23,6 +23,7 @@ from ..data.problems import Problem, checksum
 from ..data.stream import ProblemStream
 from ..data.templates import fitting, render
 from ..errors import one_line
+from ..escape import visible
 from ..evaluation.rows import result_row
 from ..evaluation.testsets import answers_checksum
 from ..losses.correction import MismatchError
@@ -99,7 +100,7 @@ def run(config: RunConfig, *, out: Path | None = None, resume: bool = False) -> 
 def _finished(path: Path, summary: dict[str, Any]) -> Run:
     if "table" in summary:
         print_table(FinalTable.from_dict(summary["table"]))
-    print(f"run folder: {path}, finished already: nothing is left to do")
+    print(f"run folder: {visible(str(path))}, finished already: nothing is left to do")
     return Run(path, summary)
 
 
@@ -373,7 +374,7 @@ class Trainer:
         self.folder.write_summary(summary)
         if table is not None:
             print_table(table)
-        print(f"run folder: {self.folder.path}")
+        print(f"run folder: {visible(str(self.folder.path))}")
         return summary
 
     def close(self) -> None:

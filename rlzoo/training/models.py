@@ -1,4 +1,5 @@
-"""Loading a causal language model and its tokenizer: embedded, local folder or hub."""
+"""Loading a causal language model and its tokenizer: embedded, local folder or hub. Nothing that a folder contains is executed:
+no modelling code of its own, and pickled weights are read as tensors only."""
 
 from __future__ import annotations
 
@@ -56,11 +57,11 @@ def describe_model(name: str) -> Described:
     source = resolve(name)
     tokenizer = load_tokenizer(name)
     try:
-        config = AutoConfig.from_pretrained(source)
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     except Exception as error:  # of many kinds, as for the tokenizer
         raise ValueError(f"model {name!r}: no usable config ({_first_line(error)})") from error
     try:
-        generation = GenerationConfig.from_pretrained(source)
+        generation = GenerationConfig.from_pretrained(source, trust_remote_code=False)
     except OSError:
         generation = None
     return Described(tokenizer, config, generation)
@@ -131,7 +132,9 @@ def load_model(name: str, *, dtype: str, device: str) -> LoadedModel:
     before = logging.get_verbosity()
     logging.set_verbosity_error()  # its report of weights that are missing is a sentence below
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(source, dtype=getattr(torch, dtype), output_loading_info=True)
+        model, report = AutoModelForCausalLM.from_pretrained(
+            source, dtype=getattr(torch, dtype), output_loading_info=True, trust_remote_code=False, weights_only=True
+        )
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"model {name!r} cannot be loaded: {_first_line(error)}") from error
     finally:
@@ -169,9 +172,9 @@ def load_tokenizer(name: str) -> Any:
     if local.exists() or source.startswith((".", "/", "~")):
         _check_folder(name, local)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
         if not _follows(tokenizer, local / "tokenizer.json"):  # transformers reads every qwen2 folder as if it were Qwen2's own
-            tokenizer = PreTrainedTokenizerFast.from_pretrained(source)
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(source, trust_remote_code=False)
     except Exception as error:  # the Rust part raises bare exceptions; whatever it is, the files are not a tokenizer
         raise ValueError(f"model {name!r}: no usable tokenizer ({_first_line(error)})") from error
     if not _follows(tokenizer, local / "tokenizer.json"):
