@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from ..store.files import lines_of, parse_json, read_text
 from ..tree import Float64
 from .stats import Estimate, clustered_mean, paired_difference
 
@@ -48,18 +48,11 @@ def read_outputs(path: Path) -> list[dict[str, Any]]:
     Raises:
         ValueError: unreadable or empty file, a broken line or a missing field, by number.
     """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"cannot read outputs {path}: {getattr(error, 'strerror', None) or error}") from error
     rows = []
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(lines_of(read_text(path)), 1):
         if not line.strip():
             continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise ValueError(f"line {number} of {path} is not JSON: {error}") from error
+        row = parse_json(line, f"line {number} of {path}")
         missing = [name for name in NEEDED if not isinstance(row, dict) or not isinstance(row.get(name), str)]
         if missing:
             raise ValueError(f"line {number} of {path} has no text in {missing[0]!r}; needed are {' and '.join(NEEDED)}")

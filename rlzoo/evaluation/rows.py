@@ -6,6 +6,7 @@ key without a default is needed.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import math
@@ -17,6 +18,7 @@ from typing import Any, Literal
 import cattrs
 
 from ..data.problems import Problem, checksum
+from ..store.files import read_json
 from .runner import SetResult, some_k
 from .stats import Estimate, stratified_mean
 from .suites import Suite
@@ -274,12 +276,7 @@ def read_row(path: Path) -> tuple[ResultRow, dict[str, Any]]:
     Raises:
         ValueError: the file is unreadable, half-written or not a row; it names the file and the field.
     """
-    try:
-        plain = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"cannot read {path}: {error.strerror or error}") from error
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON, or half of it: {error}") from error
+    plain = read_json(path)
     try:
         return validate(plain), plain
     except ValueError as error:
@@ -302,6 +299,7 @@ def validate(plain: Any) -> ResultRow:
         problem, _, path = cattrs.transform_error(error)[0].partition(" @ ")
         problem = "expected a table of fields" if "has no attribute" in problem else problem
         raise ValueError(f"{path.replace('$.', '').replace('$', 'the row')}: {problem}") from error
+    _check_figures(row)
     _check_config(row)
     for model, sets in row.results.items():
         _check_results(row, model, sets)
@@ -309,6 +307,53 @@ def validate(plain: Any) -> ResultRow:
         if ledger is not None:
             _check_ledger(name, ledger)
     return row
+
+
+SHARES = frozenset({"pass_at_1", "pass_at", "maj_at_k", "greedy", "truncated", "unparsable", "timed_out", "weights", "level"})
+"""Fields whose figures are shares, within [0, 1]."""
+COUNTS = frozenset({"n", "k", "sampled_tokens", "unrolled_tokens", "steps", "right", "graded", "lengths", "length", "failed", "verdicts"})
+COUNTS |= {"ledger", "training"}
+"""Fields whose figures are never negative: counts, lengths, times."""
+
+
+def _check_figures(row: ResultRow) -> None:
+    """Every figure is finite, shares are shares, counts and times are not negative, and an interval holds its mean."""
+    for field in dataclasses.fields(row):
+        if field.name not in ("config", "protocol", "table"):  # these hold no measurement; the config has its own check
+            _check_value(field.name, getattr(row, field.name), share=False, count=field.name in COUNTS)
+    for model, sets in row.results.items():
+        for name, metrics in sets.items():
+            where = f"results.{model}.{name}"
+            if metrics.n < 1 or metrics.k < 1:
+                raise ValueError(f"{where}: n is {metrics.n} and k is {metrics.k}; both must be at least 1")
+            for problem, right, graded in zip(metrics.problems, metrics.right, metrics.graded, strict=False):
+                if not 0 <= right <= graded <= metrics.k:
+                    raise ValueError(f"{where}: of problem {problem} {right} are right of {graded} graded, at most {metrics.k}")
+
+
+def _check_value(where: str, value: Any, *, share: bool, count: bool) -> None:
+    if isinstance(value, Mapping):
+        for name, each in value.items():
+            _check_value(f"{where}.{name}", each, share=share or (name in SHARES and not count), count=count or name in COUNTS)
+    elif isinstance(value, list | tuple):
+        for i, each in enumerate(value):
+            _check_value(f"{where}.{i}", each, share=share, count=count)
+    elif isinstance(value, Interval):
+        bounds = [bound for bound in (value.low, value.mean, value.high) if bound is not None]
+        outside = share and value.mean is not None and not 0 <= value.mean <= 1  # a t interval may reach beyond
+        if outside or not all(map(math.isfinite, bounds)) or bounds != sorted(bounds) or value.n < 0:
+            raise ValueError(f"{where}: {value.mean} [{value.low}, {value.high}] is no share with its interval")
+    elif dataclasses.is_dataclass(value):
+        for field in dataclasses.fields(value):
+            each = getattr(value, field.name)
+            _check_value(f"{where}.{field.name}", each, share=field.name in SHARES, count=count or field.name in COUNTS)
+    elif isinstance(value, float | int) and not isinstance(value, bool) and not _allowed(value, share, count):
+        allowed = "a share from 0 to 1" if share else "a finite number, 0 or more" if count else "a finite number"
+        raise ValueError(f"{where}: it is {value}; it must be {allowed}")
+
+
+def _allowed(value: float, share: bool, count: bool) -> bool:
+    return math.isfinite(value) and (not share or 0 <= value <= 1 + 1e-9) and (not count or value >= 0)
 
 
 def _check_config(row: ResultRow) -> None:

@@ -91,9 +91,26 @@ def _read(label: str, path: Path) -> RunData:
         run = RunData(label, folder, folder.config(), folder.metrics(), folder.summary())
     except ValueError as error:
         raise ValueError(f"run {path}: {error}") from error
-    if run.summary is not None and not {"steps", "ledger"} <= set(run.summary):
-        raise ValueError(f"run {path}: its summary.json is not a run's result row; it lacks steps or ledger")
+    if run.summary is not None:
+        _check_summary(path, run.summary)
     return run
+
+
+def _check_summary(path: Path, summary: Mapping[str, Any]) -> None:
+    """What the page reads of a summary is there, and of the right kind.
+
+    Raises:
+        ValueError: it is not.
+    """
+    try:
+        spent, devices = summary["ledger"]["device_seconds"], summary["ledger"]["devices"]
+        numbers = [int(summary["steps"]), float(devices), *(float(spent[phase]) for phase in PHASES)]
+        if "table" in summary:
+            FinalTable.from_dict(summary["table"])
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"run {path}: its summary.json is not a run's result row ({type(error).__name__}: {error})") from error
+    if min(numbers) < 0:
+        raise ValueError(f"run {path}: its summary.json has a negative count or time")
 
 
 def _stored(run: RunData, trees: int) -> dict[int, list[StoredTree]]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import shutil
 import stat
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 PARTIAL = ".partial-"
 """How the names of things begin that are still being written, or that a death left half-written."""
@@ -51,6 +53,62 @@ def write_aside(path: Path, text: str) -> None:
     """Write a text file whole or not at all."""
     with aside(path) as partial:
         partial.write_text(text, encoding="utf-8")
+
+
+def read_bytes(path: Path) -> bytes:
+    """What is in a file.
+
+    Raises:
+        ValueError: it is missing, unreadable, or no regular file (a pipe would be waited for without end).
+    """
+    try:
+        if path.exists() and not path.is_file():
+            raise ValueError(f"{path} is {'a folder' if path.is_dir() else 'a device, a pipe or a socket'}, not a file")
+        return path.read_bytes()
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror or error}") from error
+
+
+def read_text(path: Path) -> str:
+    """A file of UTF-8, with or without a byte order mark.
+
+    Raises:
+        ValueError: see `read_bytes`; or it is not UTF-8.
+    """
+    try:
+        return read_bytes(path).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8: {error}") from error
+
+
+def read_json(path: Path) -> Any:
+    """The value in a JSON file; NaN and infinities, which JSON does not know, are refused.
+
+    Raises:
+        ValueError: see `read_text`; or it is not JSON, or half of it.
+    """
+    return parse_json(read_text(path), str(path))
+
+
+def parse_json(text: str, where: str) -> Any:
+    """The value of a JSON text that stands at `where`.
+
+    Raises:
+        ValueError: it is not JSON, or holds NaN or an infinity.
+    """
+
+    def refuse(name: str) -> Any:
+        raise ValueError(f"{name} is no number of JSON")
+
+    try:
+        return json.loads(text, parse_constant=refuse)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where} is not JSON: {error}") from error
+
+
+def lines_of(text: str) -> list[str]:
+    """The lines of a text, which end with "\\n" or "\\r\\n" and nothing else: U+2028 or U+0085 may stand within one."""
+    return [line.removesuffix("\r") for line in text.split("\n")]
 
 
 def remove(path: Path) -> None:

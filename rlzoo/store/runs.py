@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from .environment import environment
-from .files import LOCK, PARTIAL, remove_partials, write_aside
+from .files import LOCK, PARTIAL, parse_json, read_bytes, read_json, read_text, remove_partials, write_aside
 from .toml import dump_toml
 
 __all__ = ["RunFolder", "dump_toml", "environment", "read_rows", "to_json", "write_aside"]
@@ -105,10 +105,11 @@ class RunFolder:
         Raises:
             ValueError: missing or broken file.
         """
+        path = self.path / "config.toml"
         try:
-            return tomllib.loads((self.path / "config.toml").read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-            raise ValueError(f"cannot read the config of {self.path}: {error}") from error
+            return tomllib.loads(read_text(path))
+        except (tomllib.TOMLDecodeError, RecursionError) as error:
+            raise ValueError(f"{path} is not TOML: {error}") from error
 
     def refuse_change(self, kept: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
         """For a resumed run, whose config is `kept`, what is `asked` for this time (all of it, or some keys) must be the same.
@@ -158,12 +159,19 @@ class RunFolder:
                 raise OSError(error.errno, error.strerror, str(path)) from error
 
     def metrics(self) -> list[Row]:
-        """All rows of `metrics.jsonl`; a last line cut off by a kill is left out.
+        """All rows of `metrics.jsonl`, numbers, lists of numbers or None by name; a last line cut off by a kill is left out.
 
         Raises:
             ValueError: a broken line that is not the last.
         """
-        return read_rows(self.path / "metrics.jsonl")
+        path = self.path / "metrics.jsonl"
+        rows = read_rows(path)
+        for number, row in enumerate(rows, 1):
+            for name, value in row.items():
+                for each in value if isinstance(value, list) else [value]:
+                    if each is not None and (isinstance(each, bool) or not isinstance(each, int | float)):
+                        raise ValueError(f"line {number} of {path}: {name} is {value!r:.40}, not a number")
+        return rows
 
     def rewind(self, step: int | None) -> None:
         """Forget rows and trees after `step`, as a run resumed from that step's checkpoint makes them anew; all of them for None.
@@ -215,12 +223,11 @@ class RunFolder:
             ValueError: a broken file.
         """
         path = self.path / "summary.json"
-        if not path.is_file():
+        if not path.exists():
             return None
-        try:
-            row: Row = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{path} is not JSON: {error}") from error
+        row = read_json(path)
+        if not isinstance(row, dict):
+            raise ValueError(f"{path} holds {row!r:.40}, not a table of results")
         return row
 
 
@@ -236,16 +243,18 @@ def read_rows(path: Path) -> list[Row]:
     Raises:
         ValueError: a broken line, by number.
     """
-    if not path.is_file():
+    if not path.exists():
         return []
     rows: list[Row] = []
-    for number, line in enumerate(path.read_bytes().splitlines(keepends=True), 1):
-        if not line.endswith(b"\n"):
-            break
+    whole, _, _ = read_bytes(path).rpartition(b"\n")
+    for number, line in enumerate(whole.split(b"\n") if whole else (), 1):
         try:
-            rows.append(json.loads(line))
-        except ValueError as error:
-            raise ValueError(f"line {number} of {path.name} is not JSON: {error}") from error
+            row = parse_json(line.decode("utf-8"), f"line {number} of {path}")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"line {number} of {path} is not UTF-8: {error}") from error
+        if not isinstance(row, dict):
+            raise ValueError(f"line {number} of {path} holds {row!r:.40}, not a row of names and values")
+        rows.append(row)
     return rows
 
 

@@ -98,16 +98,21 @@ def read_trees(path: str | Path) -> list[StoredTree]:
     import pyarrow
     import pyarrow.parquet
 
+    if not Path(path).exists():
+        raise ValueError(f"no stored trees at {path}")
+    if not Path(path).is_file():
+        raise ValueError(f"{path} is no file; expected Parquet with trees")
     try:
         table = pyarrow.parquet.read_table(path)
-    except FileNotFoundError as error:
-        raise ValueError(f"no stored trees at {path}") from error
     except (pyarrow.ArrowException, OSError) as error:
         raise ValueError(f"{path} is not a Parquet file of trees: {error}") from error
     missing = [name for name in _schema().names if name not in table.column_names]
     if missing:
         raise ValueError(f"{path} holds no trees: it lacks the columns {', '.join(missing)}")
-    return [_stored(_Reader(table, i)) for i in range(table.num_rows)]
+    try:
+        return [_stored(_Reader(table, i)) for i in range(table.num_rows)]
+    except (ValueError, TypeError, KeyError, IndexError, OverflowError, pyarrow.ArrowException) as error:
+        raise ValueError(f"{path} holds a broken tree: {error}") from error
 
 
 def _schema() -> Any:

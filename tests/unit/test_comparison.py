@@ -3,6 +3,7 @@ import math
 
 import numpy as np
 import pytest
+from scipy import special as scipy_special
 from scipy import stats as scipy_stats
 
 from rlzoo.evaluation import stats
@@ -144,15 +145,41 @@ def test_equivalence_is_two_one_sided_tests(rng):
         d.equivalence(0)
 
 
-def test_detectable_has_the_power_it_names(rng):
+def test_detectable_of_many_seeds_is_that_of_the_noncentral_t(rng):
+    """With many seeds the estimated error is nearly the true one, and with few the figure is larger."""
     problems = rng.normal(0, 0.1, 50)
-    (a, runs_a), (b, runs_b) = additive(4, problems, rng), additive(4, problems, rng)
-    d = compare(arm("a", a), arm("b", b), pair_seeds=True).overall
-    error = (runs_b - runs_a).std(ddof=1) / 2
-    assert scipy_stats.nct.sf(scipy_stats.t.ppf(0.975, 3), 3, d.detectable() / error) == pytest.approx(0.8, abs=1e-6)
+    for seeds, most in ((400, 1.01), (4, 1.6)):
+        (a, runs_a), (b, runs_b) = additive(seeds, problems, rng), additive(seeds, problems, rng)
+        d = compare(arm("a", a), arm("b", b), pair_seeds=True).overall
+        error, df = (runs_b - runs_a).std(ddof=1) / math.sqrt(seeds), seeds - 1
+        known = scipy_special.nctdtrinc(df, 0.2, scipy_stats.t.ppf(0.975, df)) * error
+        assert known < d.detectable() < most * known
     assert d.detectable(power=0.9) > d.detectable()
     single = compare(arm("a", rng.random((3, 1))), arm("b", rng.random((3, 1))))
     assert single.overall.detectable() == math.inf and single.p_value == 1
+
+
+def power_of_detectable(seeds, runs, rng, *, n=100, sd=0.02):
+    """How often a second comparison shows the difference that a first one, of the same kind, calls detectable."""
+    firsts, seconds = (simulated(seeds, n, sd, 0.0, runs, rng) for _ in range(2))
+    claims = [compare(arm("a", a), arm("b", b)).overall.detectable() for a, b in zip(*firsts, strict=True)]
+    shown = [compare(arm("a", a), arm("b", b + c)).p_value <= 0.05 for a, b, c in zip(*seconds, claims, strict=True) if math.isfinite(c)]
+    return np.mean(shown), len(shown)
+
+
+@pytest.mark.parametrize("seeds", [3, 8])
+def test_what_is_called_detectable_is_shown_four_times_in_five(seeds):
+    power, runs = power_of_detectable(seeds, 300, np.random.default_rng(seeds))
+    assert power == pytest.approx(0.8, abs=2.6 * math.sqrt(0.8 * 0.2 / runs))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seeds", [2, 3, 5, 8])
+def test_what_is_called_detectable_is_shown_four_times_in_five_everywhere(seeds):
+    for n, sd in ((100, 0.02), (400, 0.02), (200, 0.005)):
+        power, _ = power_of_detectable(seeds, 1500, np.random.default_rng(seeds), n=n, sd=sd)
+        print(f"seeds={seeds} n={n} sd={sd}: a claimed power of 0.80 is {power:.3f}")
+        assert power == pytest.approx(0.8, abs=0.04)
 
 
 def test_probability_of_improvement():
@@ -180,14 +207,14 @@ def test_verdicts(rng):
     a, better, same = 0.3 + shifts + problems, 0.4 + shifts + problems, 0.305 + shifts + problems
     won = compare(arm("plain", a), arm("tree", better))
     assert won.winner == "tree" and won.adjusted == {"t": pytest.approx(won.p_value)}
-    expected = "tree is better than plain by +10.0 [+7.7, +12.3] points, p < 0.001; smaller than 3.1 points cannot be seen with 3 seeds"
+    expected = "tree is better than plain by +10.0 [+7.7, +12.3] points, p < 0.001; smaller than 3.8 points cannot be seen with 3 seeds"
     assert won.verdict == expected
     assert compare(arm("tree", better), arm("plain", a)).verdict == expected
     even = compare(arm("plain", a), arm("tree", same))
     assert even.winner is None
     assert even.verdict == (
         "no difference shown between plain and tree: tree - plain is +0.5 [-1.8, +2.8] points, p = 0.57; "
-        "smaller than 3.1 points cannot be seen with 3 seeds"
+        "smaller than 3.8 points cannot be seen with 3 seeds"
     )
     many = np.linspace(-0.01, 0.01, 5)[:, None]
     told = compare(arm("plain", 0.3 + many + problems), arm("tree", 0.4 + many + problems)).verdict

@@ -169,7 +169,8 @@ def test_half_written_files_are_named(tmp_path, capsys):
     assert "not a run's result row" in refused(capsys, run, "--out", tmp_path / "r.html")
     (run / "summary.json").unlink()
     (run / "metrics.jsonl").write_text('{"step": 0}\n{"step"\n{"step": 2}\n')
-    assert "line 2 of metrics.jsonl is not JSON" in refused(capsys, run, "--out", tmp_path / "r.html")
+    said = refused(capsys, run, "--out", tmp_path / "r.html")
+    assert "line 2 of " in said and "metrics.jsonl is not JSON" in said
     assert not (tmp_path / "r.html").exists()
 
 

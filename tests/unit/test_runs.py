@@ -80,7 +80,7 @@ def test_open_refuses_what_is_no_run(tmp_path):
     with pytest.raises(ValueError, match=r"is not a run folder: it has no config.toml"):
         RunFolder.open(tmp_path)
     (tmp_path / "config.toml").write_text("a = = 1")
-    with pytest.raises(ValueError, match="cannot read the config"):
+    with pytest.raises(ValueError, match=r"config.toml is not TOML"):
         RunFolder.open(tmp_path).config()
 
 
@@ -105,7 +105,7 @@ def test_a_line_cut_off_by_a_kill_is_left_out_and_a_broken_one_is_named(tmp_path
     run.log({"step": 2})
     assert [r["step"] for r in run.metrics()] == [1, 2]
     (run.path / "metrics.jsonl").write_text('{"step": 1}\nbroken\n{"step": 3}\n')
-    with pytest.raises(ValueError, match=r"line 2 of metrics.jsonl is not JSON"):
+    with pytest.raises(ValueError, match=r"line 2 of .*metrics.jsonl is not JSON"):
         run.metrics()
 
 
