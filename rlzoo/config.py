@@ -31,7 +31,7 @@ class BackendOptions:
     capacity: int = 256
     """Paths decoded at once."""
     dtype: Literal["float32", "float64", "bfloat16"] = "float32"
-    """Precision of model and engine."""
+    """Precision of the engine, which samples with its own copy of the weights."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, ..."""
     threads: int = 0
@@ -55,14 +55,15 @@ class BackendOptions:
 
 @dataclass(frozen=True)
 class UpdateOptions:
-    """How an update is computed; none of it changes what is computed."""
+    """How an update is computed. But for the rounding of `dtype`, none of it changes what is computed."""
 
     token_budget: int = 8192
     """Tokens forwarded at once; halved with a message when memory runs out."""
     layout: Literal["packed", "unrolled"] = "packed"
     """packed computes shared prefixes once per row; unrolled gives every response its own row."""
-    autocast: bool = False
-    """bfloat16 autocast in the update."""
+    dtype: Literal["auto", "float32", "float64", "bfloat16"] = "auto"
+    """Precision of the trainer. bfloat16: float32 weights, gradients and moments, and bfloat16 autocast in every forward pass;
+    float32 and float64: everything in it. auto: the engine's own (backend.dtype), so that both compute alike."""
 
     def __post_init__(self) -> None:
         _at_least("update", self, token_budget=1)
@@ -144,6 +145,21 @@ class RunConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 0")
         if not 0 <= self.max_mismatch_kl < math.inf:
             raise ValueError(f"max_mismatch_kl is {self.max_mismatch_kl}; it must be finite, at least 0 (0 allows any)")
+
+    @property
+    def trainer_dtype(self) -> str:
+        """update.dtype, of auto what it means beside this engine: float32, float64 or bfloat16."""
+        return self.backend.dtype if self.update.dtype == "auto" else self.update.dtype
+
+    @property
+    def master_dtype(self) -> str:
+        """What the trainer keeps weights, gradients and moments in: float32 or float64. Never bfloat16, which rounds small updates away."""
+        return "float64" if self.trainer_dtype == "float64" else "float32"
+
+    @property
+    def corrections(self) -> CorrectionOptions:
+        """The correction with every auto decided: on where sampler or trainer computes in bfloat16."""
+        return self.correction.chosen(rough="bfloat16" in (self.backend.dtype, self.trainer_dtype))
 
     def sections(self) -> dict[str, Any]:
         """Every option by section, the algorithm's parts beside the others: what flags and TOML see."""

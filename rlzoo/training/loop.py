@@ -44,7 +44,7 @@ from .interrupts import Interrupts
 from .measure import Measurer, final_suite
 from .models import LoadedModel, load_model, pick_device, weights_sha256
 from .optim import make_optimizer, make_scheduler
-from .sync import TOLERANCE, Sync
+from .sync import Sync
 from .update import NonFiniteError, score, update
 
 
@@ -81,7 +81,7 @@ def run(config: RunConfig, *, out: Path | None = None, resume: bool = False) -> 
         folder = RunFolder(path) if resume else RunFolder.create(path, config.to_dict())
         try:
             torch.set_num_threads(config.backend.threads or os.cpu_count() or 1)
-            loaded = load_model(config.model, dtype=config.backend.dtype, device=config.backend.device)
+            loaded = load_model(config.model, dtype=config.master_dtype, device=config.backend.device)
             trainer = Trainer(config, folder, loaded, problems, dev, suite, resume=resume)
             stays()  # until here nothing has happened, and what is there would block the corrected command
             try:
@@ -129,6 +129,11 @@ class Trainer:
         self.reference = copy.deepcopy(self.model).requires_grad_(False) if "ref_logprobs" in self.algorithm.loss.needs else None
         self.backend = open_backend(config.backend, self.model, loaded.tokenizer, loaded.device)
         self.progress = Progress(max(1, self.algorithm.schedule.steps))
+        if config.corrections.importance != "none" and config.correction.importance == "auto":
+            self.progress.note(
+                f"bfloat16: the sampler's rounding is corrected for by importance weights up to {config.correction.cap:g}, against old "
+                "log-probs of the trainer (--correction.importance none: not)"
+            )
         self.reward = open_reward(config.reward)
         self.ledger.beside("grading_cpu_s", lambda: self.reward.cpu_s)
         problems, longest = self._fitting(problems, "training", self.algorithm.sampler.max_response_tokens, config.max_prompt_tokens)
@@ -137,7 +142,7 @@ class Trainer:
             self.algorithm, self.backend, self.reward, self.stream, template=config.template, seed=config.seed, ledger=self.ledger
         )
         self.dev, _ = self._fitting(dev, "dev", config.evaluation.max_response_tokens, config.max_prompt_tokens)
-        self.sync = Sync(self.backend, self._probes(), TOLERANCE[config.backend.dtype], config.seed)
+        self.sync = Sync(self.backend, self._probes(), config.backend.dtype, config.seed)
         self.measurer = Measurer(config, suite, self.backend, self.sync, self.reward, self.ledger, folder, self.progress)
         for name, testset in suite.items():
             self._fitting(testset, name, config.evaluation.max_response_tokens, 0)
@@ -271,13 +276,12 @@ class Trainer:
         return row
 
     def _update(self, trees: list[Any], credits: list[Credit]) -> dict[str, float]:
-        options = self.config.update
         computation: dict[str, Any] = {
             "temperature": self.algorithm.sampler.sampling.temperature,
             "vocab_size": len(self.backend.tokenizer),
             "token_budget": self.token_budget,
             "layout": self.layout,
-            "autocast_dtype": torch.bfloat16 if options.autocast else None,
+            "autocast_dtype": torch.bfloat16 if self.config.trainer_dtype == "bfloat16" else None,
             "message": self.progress.note,
         }
         self.backend.rest()
@@ -296,7 +300,7 @@ class Trainer:
                 max_grad_norm=self.algorithm.optim.max_grad_norm,
                 mini_batches=self.algorithm.schedule.mini_batches,
                 epochs=self.algorithm.schedule.epochs,
-                correction=self.config.correction,
+                correction=self.config.corrections,
                 max_mismatch_kl=self.config.max_mismatch_kl,
                 **computation,
             )
@@ -304,7 +308,7 @@ class Trainer:
         with self.ledger.phase("sync"):
             proof = self.sync(self.model, self.step + 1)
         row = {name if "/" in name else f"update/{name}": value for name, value in metrics.items()}
-        return row | {"sync/probe_gap": proof.largest}
+        return row | {"sync/probe_gap": proof.largest, "sync/probe_mean": proof.mean}
 
     def _probes(self) -> list[list[int]]:
         """The same few prompts each time, so that a stale prefix cache would show."""

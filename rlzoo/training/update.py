@@ -37,7 +37,7 @@ class NonFiniteError(RuntimeError):
 @dataclass(frozen=True)
 class ForwardOptions:
     """How trees pass through the model. `vocab_size`: ids of the tokenizer (those beyond have probability 0; None: all of the
-    head). `token_budget`: rows · length of one pack. `autocast_dtype`: mixed precision, None for the model's own."""
+    head). `token_budget`: rows · length of one pack. `autocast_dtype`: what forward passes compute in, None for the model's own."""
 
     temperature: float = 1.0
     vocab_size: int | None = None
@@ -146,7 +146,8 @@ def update(
 
     Trees without a trained token are set aside; the others are cut, in the order given, into `mini_batches` runs of nearly
     equal numbers of trees, the same in every epoch. `correction`: which old log-probs, and what is done where sampler and trainer
-    differ; `max_mismatch_kl`: how far they may (k3; 0: any). Out of memory halves the token budget, says so through `message` and
+    differ (auto: corrected under autocast); `max_mismatch_kl`: how far they may (k3; 0: any).
+    Out of memory halves the token budget, says so through `message` and
     repeats the mini-batch from zeroed gradients; the budget left is returned as `token_budget`.
 
     Returns means over optimiser steps: loss, grad_norm, ratio_mean, ratio_p99, log_ratio_max, clip_low_fraction,
@@ -167,6 +168,7 @@ def update(
     if len(trees) != len(credits):
         raise ValueError(f"{len(trees)} trees but {len(credits)} credits")
     head, was_training = Head.of(model), model.training
+    correction = correction.chosen(rough=autocast_dtype is not None)
     old, corrected, measured = _before(model, trees, credits, correction, max_mismatch_kl, options)
     everything, counts = aggregate(trees, corrected.credits, "token_mean", old_logprobs=old)
     if counts.dropped and not counts.terms:
