@@ -138,6 +138,8 @@ class RunConfig:
     correction: CorrectionOptions = field(default_factory=CorrectionOptions)
     evaluation: EvaluationOptions = field(default_factory=EvaluationOptions)
     checkpoints: CheckpointOptions = field(default_factory=CheckpointOptions)
+    given: frozenset[str] = field(default=frozenset(), compare=False, repr=False)
+    """Dotted names of the options that a preset, file, table or flag gave; the others have their defaults. Not an option itself."""
 
     def __post_init__(self) -> None:
         for name in ("seed", "max_prompt_tokens"):
@@ -163,7 +165,7 @@ class RunConfig:
 
     def sections(self) -> dict[str, Any]:
         """Every option by section, the algorithm's parts beside the others: what flags and TOML see."""
-        own = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in ("algo", "algorithm")}
+        own = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in ("algo", "algorithm", "given")}
         return own | {part: getattr(self.algorithm, part) for part in PARTS}
 
     def with_sections(self, sections: Mapping[str, Any]) -> RunConfig:
@@ -203,7 +205,18 @@ def build(layers: Sequence[tuple[str, Mapping[str, Any]]], choice: Mapping[str, 
         for key, value in tables.items():
             if key != "algo":
                 sections[key] = _merge(sections, key, value, origin, owner=RunConfig)
-    return RunConfig(named["algo"], algorithm).with_sections(sections)
+    given = frozenset(name for _, tables in layers for name in dotted(tables))
+    return replace(RunConfig(named["algo"], algorithm).with_sections(sections), given=given)
+
+
+def dotted(tables: Mapping[str, Any]) -> list[str]:
+    """Names of the options in `tables`: "seed", "optim.lr"."""
+    return [f"{name}.{key}" if key else name for name, value in tables.items() for key in (value if isinstance(value, Mapping) else ("",))]
+
+
+def flagged(flags: Sequence[str]) -> frozenset[str]:
+    """Names of the options that a command line's `flags` set, as in `dotted`."""
+    return frozenset(flag[2:].partition("=")[0].replace("-", "_") for flag in flags if flag.startswith("--"))
 
 
 def read_toml(path: str | Path) -> dict[str, Any]:

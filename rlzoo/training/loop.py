@@ -44,6 +44,7 @@ from .interrupts import Interrupts
 from .measure import Measurer, final_suite
 from .models import LoadedModel, load_model, pick_device, weights_sha256
 from .optim import make_optimizer, make_scheduler
+from .rates import refuse_embedded_rate
 from .sync import Sync
 from .update import NonFiniteError, score, update
 
@@ -71,6 +72,7 @@ def run(config: RunConfig, *, out: Path | None = None, resume: bool = False) -> 
     if resume and (summary := RunFolder(path).summary()) is not None:
         return _finished(path, summary)
     choose(config.backend, pick_device(config.backend.device))
+    refuse_embedded_rate(config)
     problems = load_problems(config.problems)
     dev = load_problems(config.evaluation.dev, limit=config.evaluation.dev_problems) if config.evaluation.every else []
     suite = final_suite(config)
