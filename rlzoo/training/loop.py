@@ -39,6 +39,7 @@ from ..store.trackers import check_trackers, open_trackers
 from ..store.trees import TreeRecord, write_trees
 from . import checkpoint
 from .collect import Batch, Collector, GradedTree, describe
+from .dropout import switch_off_dropout
 from .exactness import exactness
 from .interrupts import Interrupts
 from .measure import Measurer, final_suite
@@ -126,11 +127,14 @@ class Trainer:
         self.step = 0
         self.best: dict[str, float] = {}
         self.sampled_tokens = 0
+        self.dropped = switch_off_dropout(self.model)
         self.optimizer = make_optimizer(self.model, self.algorithm.optim)
         self.scheduler = make_scheduler(self.optimizer, self.algorithm.optim, self._updates)
         self.reference = copy.deepcopy(self.model).requires_grad_(False) if "ref_logprobs" in self.algorithm.loss.needs else None
         self.backend = open_backend(config.backend, self.model, loaded.tokenizer, loaded.device)
         self.progress = Progress(max(1, self.algorithm.schedule.steps))
+        if self.dropped:
+            self.progress.note(f"dropout is switched off in training, so that the policy is the sampler's ({self.dropped})")
         if config.corrections.importance != "none" and config.correction.importance == "auto":
             self.progress.note(
                 f"bfloat16: the sampler's rounding is corrected for by importance weights up to {config.correction.cap:g}, against old "
