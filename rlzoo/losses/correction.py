@@ -80,6 +80,15 @@ class CorrectionOptions:
             old = "recomputed" if importance == "truncated" else "sampler"
         return replace(self, old_logprobs=old, importance=importance)
 
+    def told(self, chosen: CorrectionOptions) -> str | None:
+        """A sentence where auto has switched a correction on."""
+        if self.importance == chosen.importance or chosen.importance == "none":
+            return None
+        return (
+            f"bfloat16: the sampler's rounding is corrected for by importance weights up to {self.cap:g}, against old log-probs of the "
+            "trainer (--correction.importance none switches it off)"
+        )
+
     @property
     def scored(self) -> bool:
         """Whether the trainer's log-probs are needed before the first update."""

@@ -18,8 +18,8 @@ SLACK = 1e-4  # of log-probs in training mode against evaluation mode; dropout o
 
 
 def switch_off_dropout(model: Any) -> str | None:
-    """Set every probability of dropout, layer dropping and router noise in `model` and its config to 0, in place; what there was in
-    words, None where there was nothing.
+    """Set every probability of dropout, layer dropping and router noise in `model` and its config to 0, in place; a sentence about what
+    there was, None where there was nothing.
 
     Raises:
         ValueError: the model still computes other log-probs in training mode than in evaluation mode.
@@ -35,7 +35,10 @@ def switch_off_dropout(model: Any) -> str | None:
             f"the model's log-probs in training mode differ from those in evaluation mode by up to {gap:.2g}, with every dropout that is "
             "known switched off; it cannot be trained on what it samples"
         )
-    return ", ".join(f"{name} {rate:g}" for name, rate in sorted(found.items())) or None
+    if not found:
+        return None
+    rates = ", ".join(f"{name} {rate:g}" for name, rate in sorted(found.items()))
+    return f"dropout is switched off in training, so that the policy is what the engine samples from ({rates})"
 
 
 def _is_rate(owner: Any, name: str, value: Any) -> bool:
