@@ -18,8 +18,10 @@ def refuse_embedded_rate(config: RunConfig) -> None:
     Raises:
         ValueError: the model has more than EMBEDDED_PARAMETERS parameters; names the presets.
     """
+    if "optim.lr" in config.given or config.algo not in registry.names("algorithm"):
+        return
     algorithm: Algorithm = registry.find("algorithm", config.algo)
-    if "optim.lr" in config.given or config.algorithm.optim.lr != algorithm.optim.lr:
+    if config.algorithm.optim.lr != algorithm.optim.lr:  # made in Python
         return
     size = count_parameters(config.model)
     if size is None or size <= EMBEDDED_PARAMETERS:
