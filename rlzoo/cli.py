@@ -10,7 +10,7 @@ import shlex
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr
-from dataclasses import is_dataclass, make_dataclass
+from dataclasses import is_dataclass, make_dataclass, replace
 from difflib import get_close_matches
 from itertools import takewhile
 from pathlib import Path
@@ -20,7 +20,7 @@ import tyro
 
 from . import registry
 from .algorithm import options
-from .config import PLUGGABLE, RunConfig, build, chosen_names, presets, read_preset, read_toml
+from .config import PLUGGABLE, RunConfig, build, chosen_names, flagged, presets, read_preset, read_toml
 from .errors import one_line
 from .escape import visible
 from .store.runs import RunFolder
@@ -108,7 +108,8 @@ def parse_run(argv: Sequence[str]) -> tuple[RunConfig, Path | None, bool]:
     if chosen.resume:  # before the options, which are those of the parts
         kept.refuse_change(chosen_names(layers[:1]), chosen_names(layers) | choice)
     base = build(layers, choice)
-    config = base.with_sections(_parse_flags(base, [*_backend_flag(chosen), *flags]))
+    flags = [*_backend_flag(chosen), *flags]
+    config = replace(base.with_sections(_parse_flags(base, flags)), given=base.given | flagged(flags))
     return config, Path(chosen.out) if chosen.out else None, chosen.resume
 
 

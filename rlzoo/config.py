@@ -31,7 +31,7 @@ class BackendOptions:
     capacity: int = 256
     """Paths decoded at once."""
     dtype: Literal["float32", "float64", "bfloat16"] = "float32"
-    """Precision of model and engine."""
+    """Precision of the engine, which samples with its own copy of the weights."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, ..."""
     threads: int = 0
@@ -55,14 +55,15 @@ class BackendOptions:
 
 @dataclass(frozen=True)
 class UpdateOptions:
-    """How an update is computed; none of it changes what is computed."""
+    """How an update is computed. But for the rounding of `dtype`, none of it changes what is computed."""
 
     token_budget: int = 8192
     """Tokens forwarded at once; halved with a message when memory runs out."""
     layout: Literal["packed", "unrolled"] = "packed"
     """packed computes shared prefixes once per row; unrolled gives every response its own row."""
-    autocast: bool = False
-    """bfloat16 autocast in the update."""
+    dtype: Literal["auto", "float32", "float64", "bfloat16"] = "auto"
+    """Precision of the trainer. bfloat16: float32 weights, gradients and moments, and bfloat16 autocast in every forward pass;
+    float32 and float64: everything in it. auto: the engine's own (backend.dtype), so that both compute alike."""
 
     def __post_init__(self) -> None:
         _at_least("update", self, token_budget=1)
@@ -141,6 +142,8 @@ class RunConfig:
     correction: CorrectionOptions = field(default_factory=CorrectionOptions)
     evaluation: EvaluationOptions = field(default_factory=EvaluationOptions)
     checkpoints: CheckpointOptions = field(default_factory=CheckpointOptions)
+    given: frozenset[str] = field(default=frozenset(), compare=False, repr=False)
+    """Dotted names of the options that a preset, file, table or flag gave; the others have their defaults. Not an option itself."""
 
     def __post_init__(self) -> None:
         for name in ("seed", "max_prompt_tokens"):
@@ -149,9 +152,24 @@ class RunConfig:
         if not 0 <= self.max_mismatch_kl < math.inf:
             raise ValueError(f"max_mismatch_kl is {self.max_mismatch_kl}; it must be finite, at least 0 (0 allows any)")
 
+    @property
+    def trainer_dtype(self) -> str:
+        """update.dtype, of auto what it means beside this engine: float32, float64 or bfloat16."""
+        return self.backend.dtype if self.update.dtype == "auto" else self.update.dtype
+
+    @property
+    def master_dtype(self) -> str:
+        """What the trainer keeps weights, gradients and moments in: float32 or float64. Never bfloat16, which rounds small updates away."""
+        return "float64" if self.trainer_dtype == "float64" else "float32"
+
+    @property
+    def corrections(self) -> CorrectionOptions:
+        """The correction with every auto decided: on where sampler or trainer computes in bfloat16."""
+        return self.correction.chosen(rough="bfloat16" in (self.backend.dtype, self.trainer_dtype))
+
     def sections(self) -> dict[str, Any]:
         """Every option by section, the algorithm's parts beside the others: what flags and TOML see."""
-        own = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in ("algo", "algorithm")}
+        own = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in ("algo", "algorithm", "given")}
         return own | {part: getattr(self.algorithm, part) for part in PARTS}
 
     def with_sections(self, sections: Mapping[str, Any]) -> RunConfig:
@@ -191,7 +209,18 @@ def build(layers: Sequence[tuple[str, Mapping[str, Any]]], choice: Mapping[str, 
         for key, value in tables.items():
             if key != "algo":
                 sections[key] = _merge(sections, key, value, origin, owner=RunConfig)
-    return RunConfig(named["algo"], algorithm).with_sections(sections)
+    given = frozenset(name for _, tables in layers for name in dotted(tables))
+    return replace(RunConfig(named["algo"], algorithm).with_sections(sections), given=given)
+
+
+def dotted(tables: Mapping[str, Any]) -> list[str]:
+    """Names of the options in `tables`: "seed", "optim.lr"."""
+    return [f"{name}.{key}" if key else name for name, value in tables.items() for key in (value if isinstance(value, Mapping) else ("",))]
+
+
+def flagged(flags: Sequence[str]) -> frozenset[str]:
+    """Names of the options that a command line's `flags` set, as in `dotted`."""
+    return frozenset(flag[2:].partition("=")[0].replace("-", "_") for flag in flags if flag.startswith("--"))
 
 
 def read_toml(path: str | Path) -> dict[str, Any]:

@@ -167,5 +167,16 @@ def perturbed(model: Any, only: str = "") -> Any:
     return other
 
 
+def nudged(model: Any, only: str = "") -> Any:
+    """A trainer one small update later: log-probs move less than bfloat16 rounds them, and most weights not at all in bfloat16."""
+    later = copy.deepcopy(model)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for name, p in later.named_parameters():
+            if only in name:
+                p.mul_(1 + 1e-3 * torch.randn_like(p))
+    return later
+
+
 def probes(tokenizer: Any) -> list[list[int]]:
     return [list(p.ids) for p in prompts_of(tokenizer, 3)]

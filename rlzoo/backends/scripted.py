@@ -136,7 +136,7 @@ class ScriptedBackend:
         return scores
 
     def stats(self) -> BackendStats:
-        return BackendStats(sampled_tokens=self._sampled, forwarded_tokens=self._sampled, steps=self._steps)
+        return BackendStats(sampled_tokens=self._sampled, steps=self._steps)
 
     def close(self) -> None:
         self._queue.clear()

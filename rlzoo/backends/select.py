@@ -35,13 +35,18 @@ def choose(options: BackendOptions, device: str) -> str:
 
 
 def open_backend(options: BackendOptions, model: Any, tokenizer: Any, device: str) -> Backend:
-    """An engine holding its own copy of `model`'s weights.
+    """An engine holding its own copy of `model`'s weights, in its own precision (`options.dtype`).
 
     Raises:
         ValueError: see `choose`, or the model does not fit the engine.
         EngineError: the engine could not be started.
     """
-    shared: dict[str, Any] = {"capacity": options.capacity, "device": device, "max_context": options.max_context or None}
+    shared: dict[str, Any] = {
+        "capacity": options.capacity,
+        "dtype": options.dtype,
+        "device": device,
+        "max_context": options.max_context or None,
+    }
     if choose(options, device) == "vllm":
         from .vllm import VllmBackend
 

@@ -6,7 +6,6 @@ takes its row. The state of a segment that may be extended is kept; its children
 
 from __future__ import annotations
 
-import copy
 import inspect
 import time
 from collections.abc import Iterable, Sequence
@@ -25,7 +24,7 @@ from .protocol import BackendStats, Receipt, SamplingParams, SegmentRequest, Seg
 from .rowstate import RowState
 from .scoring import forward_rows, score_trees
 from .waiting import Group, Known, Waiting
-from .weights import check_full_attention, context_length, copy_weights, floating_type
+from .weights import check_full_attention, context_length, copy_of, copy_weights, floating_type
 
 _PREFILL_TOKENS = 8192  # padded prompt tokens forwarded at once
 _PREFILL_LOGITS = 1 << 28  # logits computed at once for them, at most: each prompt's at every prompt's last position
@@ -46,7 +45,8 @@ class _Plan:
 class TorchBackend:
     """Sample with a transformers model.
 
-    `model` is copied, unless `share` says that the trainer's own module is to be used. `capacity` paths run at once;
+    `model` is copied, in `dtype` (None: its own), unless `share` says that the trainer's own module is to be used.
+    `capacity` paths run at once;
     prefixes kept for forks take at most `cache_bytes` (an evicted one is computed again from its context). Results depend
     on capacity and order only through the rounding of the model's arithmetic: in float64 the same tokens are drawn.
 
@@ -78,7 +78,7 @@ class TorchBackend:
         if share:
             self.model = model
         else:
-            self.model = copy.deepcopy(model).to(self.device, floating_type(dtype)).eval().requires_grad_(False)
+            self.model = copy_of(model, floating_type(dtype)).to(self.device).eval().requires_grad_(False)
             self.model.set_attn_implementation(ATTENTION)
         self.tokenizer, self.capacity, self.version = tokenizer, capacity, 0
         self.vocabulary = int(self.model.get_output_embeddings().weight.shape[0])

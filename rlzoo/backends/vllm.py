@@ -25,7 +25,7 @@ from .calls import EngineError, EngineThread
 from .drawing import end_ids, forbidden_ids, log_probs
 from .protocol import BackendStats, Receipt, SamplingParams, SegmentRequest, SegmentResult, TraceRow, check_request
 from .scoring import score_trees
-from .weights import context_length, match_weights
+from .weights import context_length, floating_type, match_weights
 
 SUPPORTED = ">=0.32,<0.33"
 BLOCK = {"cpu": 32, "cuda": 16}  # tokens of a cache block: the smallest that the attention kernels take, so that short prompts hit
@@ -64,8 +64,9 @@ def refusal(dtype: str, device: str) -> str | None:
 class VllmBackend:
     """Sample with vLLM.
 
-    The engine is built from the config of `model` (a transformers causal LM) and then takes over its weights; it never shares
-    them. `capacity` paths run at once. On a GPU the engine takes the share `memory` of it, and gives it back between `rest` and
+    The engine is built from the config of `model` (a transformers causal LM) and then takes over its weights, in `dtype` (None:
+    the model's own); it never shares them. `capacity`
+    paths run at once. On a GPU the engine takes the share `memory` of it, and gives it back between `rest` and
     the next weights if `sleep`. Every wait ends after `timeout_s` seconds, the one for its start after START_S.
 
     Same seeds give the same tokens at equal capacity; across capacities only up to the rounding of the arithmetic.
@@ -81,6 +82,7 @@ class VllmBackend:
         tokenizer: Any,
         *,
         capacity: int = 256,
+        dtype: torch.dtype | str | None = None,
         device: str = "cpu",
         max_context: int | None = None,
         memory: float = 0.4,
@@ -88,8 +90,9 @@ class VllmBackend:
         timeout_s: float = 45.0,
         trace: bool = False,
     ) -> None:
-        dtype = str(model.dtype).removeprefix("torch.")
-        if why := refusal(dtype, device):
+        own = floating_type(dtype) or model.dtype
+        name = str(own).removeprefix("torch.")
+        if why := refusal(name, device):
             raise ValueError(why)
         self.tokenizer, self.capacity, self.timeout_s, self.version = tokenizer, capacity, timeout_s, 0
         self.max_context = context_length(model.config, max_context)
@@ -100,7 +103,7 @@ class VllmBackend:
         self._known = np.ones(vocabulary, bool)
         self._known[self.forbidden] = False
         # Without data, but a tied weight is one object under its names, as in the model.
-        shapes = {id(p): p.detach().to("meta") for p in model.parameters()}
+        shapes = {id(p): p.detach().to("meta", own) for p in model.parameters()}
         self._own = {name: shapes[id(p)] for name, p in model.named_parameters(remove_duplicate=False)}
         self._flying: dict[int, SegmentRequest] = {}
         self._admitted: list[int] = []  # since the last step
@@ -111,7 +114,7 @@ class VllmBackend:
         self._folder = tempfile.mkdtemp(prefix="rlzoo-vllm-")
         try:
             _write_config(model, self._folder)
-            arguments = self._arguments(model, dtype, device, memory)
+            arguments = self._arguments(model, name, device, memory)
             self._engine = self._thread.call(lambda: _build(arguments, device), timeout_s=START_S, what="starting")
             self.load_weights(model.named_parameters(), 0)
         except BaseException:
@@ -137,15 +140,15 @@ class VllmBackend:
         }
         if device == "cpu":  # a prompt cut in two would rewind its random numbers, which torch cannot do on a CPU
             shared |= {"enable_chunked_prefill": False, "max_num_batched_tokens": max(_CPU_BATCH_TOKENS, self.max_context)}
-            return shared | {"enforce_eager": True, "kv_cache_memory_bytes": self._cpu_cache_bytes(model)}
+            return shared | {"enforce_eager": True, "kv_cache_memory_bytes": self._cpu_cache_bytes(model, getattr(torch, dtype))}
         return shared | {"gpu_memory_utilization": memory}
 
-    def _cpu_cache_bytes(self, model: Any) -> int:
+    def _cpu_cache_bytes(self, model: Any, dtype: torch.dtype) -> int:
         """Room for one and a half times all paths at full length: what is kept of those that ended serves their children."""
         config = model.config
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        token = int(2 * config.num_hidden_layers * heads * size * model.dtype.itemsize)
+        token = int(2 * config.num_hidden_layers * heads * size * dtype.itemsize)
         least, most = _CPU_CACHE_BYTES
         return min(most, max(least, token * self.max_context * self.capacity * 3 // 2))
 
@@ -235,7 +238,7 @@ class VllmBackend:
         named = match_weights(self._own, named_parameters)
         self._call(lambda: self._engine.load(named, self._asleep), "taking over weights", START_S)
         self._asleep, self.version = False, version
-        return Receipt(version, len(named), sum(value.nbytes for _, value in named), time.perf_counter() - begun)
+        return Receipt(version, len(named), sum(self._own[name].nbytes for name, _ in named), time.perf_counter() - begun)
 
     def stale_weights(self, named_parameters: Iterable[tuple[str, Tensor]]) -> list[str] | None:
         """Names of the given weights that are not what the engine computes with, read back through its own kernels; None where some

@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+
+def copy_of(model: Any, dtype: torch.dtype | None) -> Any:
+    """A copy of `model` with its weights in `dtype` (None: their own), as if it had been loaded in it: buffers keep their precision,
+    for `to` would round the frequencies of rotary positions too."""
+    if dtype is None:
+        return copy.deepcopy(model)
+    weights = {id(p): nn.Parameter(p.detach().to(dtype, copy=True), p.requires_grad) for p in model.parameters()}
+    copied = copy.deepcopy(model, weights)
+    copied.config.dtype = dtype
+    return copied
 
 
 def match_weights(own: Mapping[str, Tensor], named: Iterable[tuple[str, Tensor]]) -> list[tuple[str, Tensor]]:

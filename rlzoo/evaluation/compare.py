@@ -19,6 +19,7 @@ from ..report.text import points as signed
 from ..store.cost import spent
 from ..store.files import write_aside
 from ..store.runs import to_json
+from ..training.rates import refuse_embedded_rate
 from .arms import TRAINED, Member, as_arm, group, parse_arms, read_member, refuse_mixture
 from .comparison import FEW_SEEDS, Arm, Comparison, compare_all
 from .curves import Curve, Reach, cost_to_reach, leaders
@@ -203,11 +204,13 @@ def compare_arms(
     """`rlzoo compare --arms ...`: run what is missing below `out`, compare, write `compare.md` and `compare.json` there, and print.
 
     Raises:
-        ValueError: see `parse_arms`, `run_plan` and `compare_members`.
+        ValueError: see `parse_arms`, `refuse_embedded_rate`, `run_plan` and `compare_members`.
         RuntimeError: a run failed.
     """
     layers = [] if common is None else [(str(common), read_toml(common))]
     plan = Plan(parse_arms(arms, layers), seeds, out, match, budget, jobs)
+    for config in plan.arms.values():  # in the cells' files every option is given
+        refuse_embedded_rate(config)
     done, used = run_plan(plan)
     members = {name: [read_member(path) for path in paths] for name, paths in done.items()}
     notes = [f"matched by {match}: every run ends at the step that reaches {used:g}"]

@@ -7,10 +7,11 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 
+from ..losses.correction import CorrectionOptions, Importance, OldLogprobs
 from .arms import as_arm, check_alike
 from .comparison import compare
 from .rows import Overall, ResultRow, read_row
@@ -45,8 +46,10 @@ ABSENT = {
     "served_model": "",
     "shaping.overlong_tokens": 0,
     "shaping.overlong_factor": 1.0,
+    "update.autocast": False,
+    "update.dtype": "float32",
 }
-"""Options younger than some rows, with the value that does what was done before they were there."""
+"""Options younger than some rows (or gone since), with the value that does what was done before they were there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,7 +180,20 @@ def matches(config: Mapping[str, Any], recipe: Mapping[str, Any]) -> bool:
 
 def settings(config: Mapping[str, Any]) -> dict[str, Any]:
     """A config's options by dotted name, but those of APART and those that do what was done before they were there (ABSENT)."""
-    return {name: value for name, value in _flat(config).items() if name not in ABSENT or value != ABSENT[name]}
+    return {name: value for name, value in _decided(_flat(config)).items() if name not in ABSENT or value != ABSENT[name]}
+
+
+def _decided(flat: dict[str, Any]) -> dict[str, Any]:
+    """The same with what auto means beside the config's engine (`RunConfig.trainer_dtype` and `.corrections`)."""
+    engine, old, importance = flat.get("backend.dtype"), "correction.old_logprobs", "correction.importance"
+    if flat.get("update.dtype") == "auto":
+        flat["update.dtype"] = engine
+    given = flat.get(old, "auto"), flat.get(importance, "auto")
+    if "auto" in (flat.get(old), flat.get(importance)) and given[0] in get_args(OldLogprobs) and given[1] in get_args(Importance):
+        options = CorrectionOptions(*given)
+        chosen = options.chosen(rough="bfloat16" in (engine, flat.get("update.dtype")))
+        flat |= {old: chosen.old_logprobs, importance: chosen.importance}
+    return flat
 
 
 def _flat(config: Mapping[str, Any], path: str = "") -> dict[str, Any]:

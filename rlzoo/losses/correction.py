@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import numpy as np
@@ -19,8 +19,8 @@ from ..tree import Float32, Float64, Tree
 from .aggregate import Terms, write_out
 from .policy import LOG_RATIO_LIMIT
 
-OldLogprobs = Literal["sampler", "recomputed"]
-Importance = Literal["none", "truncated"]
+OldLogprobs = Literal["auto", "sampler", "recomputed"]
+Importance = Literal["auto", "none", "truncated"]
 Masking = Literal["none", "mask"]
 
 
@@ -36,10 +36,12 @@ class CorrectionOptions:
         ValueError: an option is out of range, or two do not go together.
     """
 
-    old_logprobs: OldLogprobs = "sampler"
-    """What the policy's ratio is taken against: the sampler's log-probs, or the trainer's, which cost one more forward pass."""
-    importance: Importance = "none"
-    """truncated: a token weighs min(ratio, cap). Only with recomputed: against the sampler's log-probs nothing is left to correct."""
+    old_logprobs: OldLogprobs = "auto"
+    """What the policy's ratio is taken against: the sampler's log-probs, or the trainer's, which cost one more forward pass. auto:
+    recomputed where importance is truncated, else the sampler's."""
+    importance: Importance = "auto"
+    """truncated: a token weighs min(ratio, cap). Only with recomputed: against the sampler's log-probs nothing is left to correct.
+    auto: truncated where engine or trainer computes in bfloat16 (and old_logprobs is not sampler), else none."""
     cap: float = 2.0
     """Largest importance weight."""
     sequence: Masking = "none"
@@ -69,6 +71,24 @@ class CorrectionOptions:
                 "taken against the sampler already; use recomputed, or importance = none"
             )
 
+    def chosen(self, *, rough: bool) -> CorrectionOptions:
+        """The same with every auto decided. `rough`: sampler or trainer computes in bfloat16, whose log-probs are off by some percent."""
+        importance, old = self.importance, self.old_logprobs
+        if importance == "auto":
+            importance = "truncated" if rough and old != "sampler" else "none"
+        if old == "auto":
+            old = "recomputed" if importance == "truncated" else "sampler"
+        return replace(self, old_logprobs=old, importance=importance)
+
+    def told(self, chosen: CorrectionOptions) -> str | None:
+        """A sentence where auto has switched a correction on."""
+        if self.importance == chosen.importance or chosen.importance == "none":
+            return None
+        return (
+            f"bfloat16: the sampler's rounding is corrected for by importance weights up to {self.cap:g}, against old log-probs of the "
+            "trainer (--correction.importance none switches it off)"
+        )
+
     @property
     def scored(self) -> bool:
         """Whether the trainer's log-probs are needed before the first update."""
@@ -77,7 +97,7 @@ class CorrectionOptions:
     @property
     def active(self) -> bool:
         """Whether the loss changes."""
-        return self.importance != "none" or self.sequence != "none"
+        return self.importance == "truncated" or self.sequence == "mask"
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,7 +154,7 @@ def refuse_drift(found: dict[str, float], allowed: float) -> None:
 def correct(trees: Sequence[Tree], credits: Sequence[Credit], log_ratio: Sequence[Float64], options: CorrectionOptions) -> Corrected:
     """Masked rows and importance weights by `log_ratio`, log(trainer / sampler) [tokens] per tree. Weights are fixed for the step."""
     kept, masked = (credits, 0) if options.sequence == "none" else mask_rows(trees, credits, log_ratio, options)
-    if options.importance == "none":
+    if options.importance != "truncated":
         return Corrected(kept, masked_rows=masked)
     trained = [np.unique(terms.token) for terms in write_out(trees, kept, log_ratio)]
     above = sum(int((x[t] > math.log(options.cap)).sum()) for x, t in zip(log_ratio, trained, strict=True))

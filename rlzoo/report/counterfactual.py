@@ -9,13 +9,11 @@ from typing import Any
 import numpy as np
 
 from .. import registry
-from ..algorithm import Algorithm, options
+from ..algorithm import Algorithm
 from ..config import build
 from ..credit.base import Credit
+from ..credit.whitening import unwhitened
 from ..tree import Tree
-
-OFF = {"whitening": "none"}
-"""Options of credits that reach across the batch, and their values that keep to the tree itself."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -57,10 +55,8 @@ class Judges:
 
     def _judge(self, name: str, algorithm: Algorithm, tree: Tree, verdicts: bool) -> Counterfactual:
         assert self._own is not None
-        credit = algorithm.credit
-        off = {option: value for option, value in OFF.items() if option in options(credit)}
         try:
-            local = replace(algorithm, sampler=self._own.sampler, credit=replace(credit, **off))  # type: ignore[type-var]
+            local = replace(algorithm, sampler=self._own.sampler, credit=unwhitened(algorithm.credit))
             judged = local.shaping(tree, tree.correct.tolist(), local.sampler.max_response_tokens) if verdicts else tree
             made = local.filter.mask([judged], local.credit([judged]))[0]
         except ValueError as error:

@@ -43,8 +43,8 @@ class Segments(SamplerOptions):
     initial: tuple[int, ...] = (2, 8)
     """Copies of the prompt at the start: one number, or the least and the most of a draw per problem."""
     max_tree_tokens: int = 0
-    """Budget in tokens instead of paths, each finished path counted whole: `width` then only bounds what is estimated to fit;
-    0 switches it off."""
+    """Budget in tokens instead of paths, each finished path counted whole: `width` then only bounds what is estimated to fit, an open
+    path having another segment to go, and one more path being as long as the finished ones are in the mean; 0 switches it off."""
     min_width: int = 1
     """Fewest paths under a budget of tokens."""
     split: Literal["uniform", "response_sum", "response_mean", "segment_mean"] = "uniform"
@@ -187,9 +187,10 @@ class _Boundaries(Growth):
         options = self.options
         if not options.max_tree_tokens:
             return options.width
-        spent = sum(len(self._logprobs(leaf)) for leaf in self.finished)
-        lengths = [len(self._logprobs(node)) for node in active] or [0]
-        room = (options.max_tree_tokens - spent) / (sum(lengths) / len(lengths) + options.segment_tokens)
+        ended = [len(self._logprobs(leaf)) for leaf in self.finished]
+        under_way = [len(self._logprobs(node)) + options.segment_tokens for node in active]
+        lengths = under_way or ended or [options.segment_tokens]  # in fallback, and at the start, nothing is under way
+        room = (options.max_tree_tokens - sum(ended)) / (sum(lengths) / len(lengths))
         return min(options.width, max(options.min_width, int(max(0.0, room)) + len(self.finished)))
 
     def _logprobs(self, node: int) -> list[float]:

@@ -18,6 +18,7 @@ from transformers import set_seed
 from ..backends.select import choose, open_backend
 from ..config import RunConfig, build
 from ..credit.base import Credit
+from ..credit.whitening import unwhitened, whiten_trained
 from ..data.loading import load_problems
 from ..data.problems import Problem, checksum
 from ..data.stream import ProblemStream
@@ -38,14 +39,17 @@ from ..store.files import locked, taken_back
 from ..store.runs import RunFolder
 from ..store.trackers import check_trackers, open_trackers
 from ..store.trees import TreeRecord, write_trees
+from ..tree import Float32
 from . import checkpoint
 from .collect import Batch, Collector, GradedTree, describe
+from .dropout import switch_off_dropout
 from .exactness import exactness
 from .interrupts import Interrupts
 from .measure import Measurer, final_suite
 from .models import LoadedModel, load_model, pick_device, weights_sha256
-from .optim import make_optimizer, make_scheduler
-from .sync import TOLERANCE, Sync
+from .optim import make_optimizer
+from .rates import refuse_embedded_rate
+from .sync import Sync
 from .update import NonFiniteError, score, update
 
 
@@ -72,6 +76,7 @@ def run(config: RunConfig, *, out: Path | None = None, resume: bool = False) -> 
     if resume and (summary := RunFolder(path).summary()) is not None:
         return _finished(path, summary)
     choose(config.backend, pick_device(config.backend.device))
+    refuse_embedded_rate(config)
     problems = load_problems(config.problems)
     dev = load_problems(config.evaluation.dev, limit=config.evaluation.dev_problems) if config.evaluation.every else []
     suite = final_suite(config)
@@ -82,7 +87,7 @@ def run(config: RunConfig, *, out: Path | None = None, resume: bool = False) -> 
         folder = RunFolder(path) if resume else RunFolder.create(path, config.to_dict())
         try:
             torch.set_num_threads(config.backend.threads or os.cpu_count() or 1)
-            loaded = load_model(config.model, dtype=config.backend.dtype, device=config.backend.device)
+            loaded = load_model(config.model, dtype=config.master_dtype, device=config.backend.device)
             trainer = Trainer(config, folder, loaded, problems, dev, suite, resume=resume)
             stays()  # until here nothing has happened, and what is there would block the corrected command
             try:
@@ -126,10 +131,14 @@ class Trainer:
         self.best: dict[str, float] = {}
         self.sampled_tokens = 0
         self.optimizer = make_optimizer(self.model, self.algorithm.optim)
-        self.scheduler = make_scheduler(self.optimizer, self.algorithm.optim, self._updates)
+        self.updates = 0  # taken since the start of this process
+        self.optimizer.register_step_post_hook(self._count_update)
         self.reference = copy.deepcopy(self.model).requires_grad_(False) if "ref_logprobs" in self.algorithm.loss.needs else None
         self.backend = open_backend(config.backend, self.model, loaded.tokenizer, loaded.device)
         self.progress = Progress(max(1, self.algorithm.schedule.steps))
+        for said in (switch_off_dropout(self.model), config.correction.told(config.corrections)):
+            if said:
+                self.progress.note(said)
         self.reward = open_reward(config.reward)
         self.ledger.beside("grading_cpu_s", lambda: self.reward.cpu_s)
         problems, longest = self._fitting(problems, "training", self.algorithm.sampler.max_response_tokens, config.max_prompt_tokens)
@@ -138,7 +147,7 @@ class Trainer:
             self.algorithm, self.backend, self.reward, self.stream, template=config.template, seed=config.seed, ledger=self.ledger
         )
         self.dev, _ = self._fitting(dev, "dev", config.evaluation.max_response_tokens, config.max_prompt_tokens)
-        self.sync = Sync(self.backend, self._probes(), TOLERANCE[config.backend.dtype], config.seed)
+        self.sync = Sync(self.backend, self._probes(), config.backend.dtype, config.seed)
         self.measurer = Measurer(config, suite, self.backend, self.sync, self.reward, self.ledger, folder, self.progress)
         for name, testset in suite.items():
             self._fitting(testset, name, config.evaluation.max_response_tokens, 0)
@@ -147,10 +156,15 @@ class Trainer:
         restored = resume and self._restore()
         self.trackers = open_trackers(config.trackers, folder.path, config.to_dict(), after=self.step if restored else None)
 
-    @property
-    def _updates(self) -> int:
+    def _count_update(self, *_: object) -> None:
+        self.updates += 1
+
+    def _rate(self, update: int) -> float:
+        """The learning rate of a step's update number `update`. It goes by the run's steps, not by the updates that happened: steps
+        that train nothing stretch neither warm-up nor decay."""
         schedule = self.algorithm.schedule
-        return schedule.steps * schedule.mini_batches * schedule.epochs
+        per_step = schedule.mini_batches * schedule.epochs
+        return self.algorithm.optim.rate(self.step * per_step + update, schedule.steps * per_step)
 
     def _fitting(self, problems: Sequence[Problem], what: str, response_tokens: int, at_most: int) -> tuple[list[Problem], int]:
         """The problems whose prompts are not longer than `at_most` (0: all), and the tokens of the longest prompt and response.
@@ -193,7 +207,6 @@ class Trainer:
         state = saved.state
         self.step, self.best, self.stream.cursor = saved.step, state["best"], state["cursor"]
         self.sampled_tokens, self.token_budget = state["sampled_tokens"], state["token_budget"]
-        self.scheduler.load_state_dict(state["scheduler"])
         self.ledger.resume(state["ledger"])
         self.sync(self.model, self.step)
         return True
@@ -234,11 +247,11 @@ class Trainer:
         """A step. If its first update is refused (not finite, or sampler and trainer too far apart), nothing of it has been applied,
         and the state before it is saved before the run ends; if a later one is, the last regular checkpoint is the newest state
         that a run can go on from."""
-        cursor, updates = self.stream.cursor, self.scheduler.last_epoch
+        cursor, updates = self.stream.cursor, self.updates
         try:
             return self._one_step()
         except (NonFiniteError, MismatchError) as error:
-            if self.step > 0 and self.scheduler.last_epoch == updates:
+            if self.step > 0 and self.updates == updates:
                 self.stream.cursor = cursor
                 self._save()
             found = checkpoint.steps(self.folder.checkpoints)
@@ -252,11 +265,14 @@ class Trainer:
         row = describe(batch)
         with self.ledger.phase("credit"):
             trees = [g.tree for g in batch.kept]
-            credits = self.algorithm.filter.mask(trees, self.algorithm.credit(trees))
+            credits = self.algorithm.filter.mask(trees, unwhitened(self.algorithm.credit)(trees))
         used = [i for i, c in enumerate(credits) if len(c.row)]
         row["trained_trees"] = len(used)
         if used:
-            row |= self._update([trees[i] for i in used], [credits[i] for i in used])
+            metrics, trained = self._update([trees[i] for i in used], [credits[i] for i in used])
+            row |= metrics
+            for i, credit in zip(used, trained, strict=True):
+                credits[i] = credit
         else:
             self.progress.note(f"step {self.step + 1}: no tree carries a signal (all right, all wrong or ungraded); weights stay")
         self.step += 1
@@ -271,14 +287,22 @@ class Trainer:
         row["step_s"] = time.perf_counter() - started
         return row
 
-    def _update(self, trees: list[Any], credits: list[Credit]) -> dict[str, float]:
-        options = self.config.update
+    def _update(self, trees: list[Any], credits: Sequence[Credit]) -> tuple[dict[str, float], Sequence[Credit]]:
+        """Update and sync; metrics, and the credits as they were trained on: after every mask, whitened over what is left."""
+        trained = credits
+
+        def finish(left: Sequence[Credit], old: Sequence[Float32]) -> Sequence[Credit]:
+            nonlocal trained
+            whitens = unwhitened(self.algorithm.credit) is not self.algorithm.credit
+            trained = whiten_trained(trees, left, old) if whitens else left
+            return trained
+
         computation: dict[str, Any] = {
             "temperature": self.algorithm.sampler.sampling.temperature,
             "vocab_size": len(self.backend.tokenizer),
             "token_budget": self.token_budget,
             "layout": self.layout,
-            "autocast_dtype": torch.bfloat16 if options.autocast else None,
+            "autocast_dtype": torch.bfloat16 if self.config.trainer_dtype == "bfloat16" else None,
             "message": self.progress.note,
         }
         self.backend.rest()
@@ -293,11 +317,12 @@ class Trainer:
                 trees,
                 credits,
                 self.algorithm.loss,
-                scheduler=self.scheduler,
+                rate=self._rate,
+                finish=finish,
                 max_grad_norm=self.algorithm.optim.max_grad_norm,
                 mini_batches=self.algorithm.schedule.mini_batches,
                 epochs=self.algorithm.schedule.epochs,
-                correction=self.config.correction,
+                correction=self.config.corrections,
                 max_mismatch_kl=self.config.max_mismatch_kl,
                 **computation,
             )
@@ -305,7 +330,7 @@ class Trainer:
         with self.ledger.phase("sync"):
             proof = self.sync(self.model, self.step + 1)
         row = {name if "/" in name else f"update/{name}": value for name, value in metrics.items()}
-        return row | {"sync/probe_gap": proof.largest}
+        return row | {"sync/probe_gap": proof.largest, "sync/probe_mean": proof.mean}, trained
 
     def _probes(self) -> list[list[int]]:
         """The same few prompts each time, so that a stale prefix cache would show."""
@@ -334,7 +359,6 @@ class Trainer:
                 "best": self.best,
                 "sampled_tokens": self.sampled_tokens,
                 "token_budget": self.token_budget,
-                "scheduler": self.scheduler.state_dict(),
                 "ledger": self.ledger.as_dict(),
             }
             checkpoint.save(self.folder.checkpoints, self.step, self.model, self.loaded.tokenizer, self.optimizer, state)

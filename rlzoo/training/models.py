@@ -67,6 +67,20 @@ def describe_model(name: str) -> Described:
     return Described(tokenizer, config, generation)
 
 
+def count_parameters(name: str) -> int | None:
+    """Parameters of a model by its config alone, tied ones once; None where transformers cannot build it from that."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(resolve(name), trust_remote_code=False)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except Exception:  # of many kinds; loading the model says what is wrong with it
+        return None
+    return sum(int(p.numel()) for p in model.parameters())
+
+
 def weights_sha256(name: str) -> str | None:
     """SHA-256 of a model's safetensors file (what `sha256sum` prints), of several that of the lines "SHA-256  NAME" in the order of
     their names. None where there is no such file here: another format, or a model that is somewhere else. `name` as for `load_model`;

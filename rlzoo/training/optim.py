@@ -1,4 +1,4 @@
-"""AdamW with linear warm-up."""
+"""AdamW, and its learning rate over a run."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ Schedule = Literal["constant", "linear", "cosine"]
 
 @dataclass(frozen=True)
 class Optim:
-    """Options of the optimiser. `warmup_steps` and the schedule count optimiser steps; the rate rises linearly over the
-    warm-up (step 1 already moves) and then stays, or falls to 0 at the last step linearly or by a half cosine.
+    """Options of the optimiser. `warmup_steps` and the schedule count the run's optimiser steps as planned (one that is skipped, because
+    nothing could be trained, counts too); the rate rises linearly over the warm-up (step 1 already moves) and then stays, or falls to 0 at
+    the last step linearly or by a half cosine.
 
     Raises:
         ValueError: an option is out of range.
@@ -45,8 +46,12 @@ class Optim:
         if self.schedule not in get_args(Schedule):
             raise ValueError(f"schedule is {self.schedule!r}; allowed are {', '.join(get_args(Schedule))}")
 
+    def rate(self, step: int, total_steps: int) -> float:
+        """The learning rate of optimiser step `step` (from 0) of `total_steps`."""
+        return self.lr * self.factor(step, total_steps)
+
     def factor(self, step: int, total_steps: int) -> float:
-        """What lr is multiplied by in optimiser step `step` (from 0) of `total_steps`."""
+        """What lr is multiplied by there."""
         if step < self.warmup_steps:
             return (step + 1) / self.warmup_steps
         if self.schedule == "constant":
@@ -65,10 +70,3 @@ def make_optimizer(model: nn.Module, optim: Optim) -> torch.optim.AdamW:
         {"params": [p for p in trainable if p.ndim <= 1], "weight_decay": 0.0},
     ]
     return torch.optim.AdamW([g for g in groups if g["params"]], lr=optim.lr, betas=(optim.beta1, optim.beta2))
-
-
-def make_scheduler(optimizer: torch.optim.Optimizer, optim: Optim, total_steps: int) -> torch.optim.lr_scheduler.LambdaLR:
-    """Warm-up and decay; step it once after each optimiser step."""
-    from torch.optim.lr_scheduler import LambdaLR
-
-    return LambdaLR(optimizer, lambda step: optim.factor(step, total_steps))

@@ -37,7 +37,7 @@ class NonFiniteError(RuntimeError):
 @dataclass(frozen=True)
 class ForwardOptions:
     """How trees pass through the model. `vocab_size`: ids of the tokenizer (those beyond have probability 0; None: all of the
-    head). `token_budget`: rows · length of one pack. `autocast_dtype`: mixed precision, None for the model's own."""
+    head). `token_budget`: rows · length of one pack. `autocast_dtype`: what forward passes compute in, None for the model's own."""
 
     temperature: float = 1.0
     vocab_size: int | None = None
@@ -147,14 +147,18 @@ def update(
     max_grad_norm: float | None = 1.0,
     mini_batches: int = 1,
     epochs: int = 1,
-    scheduler: torch.optim.lr_scheduler.LRScheduler | None = None,
+    rate: Callable[[int], float] | None = None,
+    finish: Callable[[Sequence[Credit], Sequence[Float32]], Sequence[Credit]] | None = None,
     message: Callable[[str], None] = log.warning,
 ) -> dict[str, float]:
     """Take `mini_batches` · `epochs` optimiser steps on the credited trees and return what happened.
 
     Trees without a trained token are set aside; the others are cut, in the order given, into `mini_batches` runs of nearly
     equal numbers of trees, the same in every epoch. `correction`: which old log-probs, and what is done where sampler and trainer
-    differ; `max_mismatch_kl`: how far they may (k3; 0: any). Out of memory halves the token budget, says so through `message` and
+    differ (auto: corrected under autocast); `max_mismatch_kl`: how far they may (k3; 0: any). `rate`: the learning rate of the
+    n-th of these optimiser steps (from 0), where one that has nothing to train keeps its number. `finish`: from the credits that masks
+    have left and the old log-probs to the credits that are trained on.
+    Out of memory halves the token budget, says so through `message` and
     repeats the mini-batch from zeroed gradients; the budget left is returned as `token_budget`.
 
     Returns means over optimiser steps: loss, grad_norm, ratio_mean, ratio_p99, log_ratio_max, clip_low_fraction,
@@ -175,8 +179,10 @@ def update(
     if len(trees) != len(credits):
         raise ValueError(f"{len(trees)} trees but {len(credits)} credits")
     head, was_training = Head.of(model), model.training
+    correction = correction.chosen(rough=autocast_dtype is not None)
     old, corrected, measured = _before(model, trees, credits, correction, max_mismatch_kl, options)
-    everything, counts = aggregate(trees, corrected.credits, "token_mean", old_logprobs=old)
+    final = corrected.credits if finish is None else finish(corrected.credits, old)
+    everything, counts = aggregate(trees, final, "token_mean", old_logprobs=old)
     if counts.dropped and not counts.terms:
         raise ValueError(f"none of the {counts.dropped} credited tokens has a finite old log-prob; the sampler must record them")
     live = [i for i, w in enumerate(everything) if w.weight.any()]
@@ -190,7 +196,7 @@ def update(
                     continue
                 where = f"mini-batch {number + 1} of {mini_batches}, epoch {epoch + 1} of {epochs}"
                 some, some_old = [trees[i] for i in part], [old[i] for i in part]
-                some_credits = [corrected.credits[i] for i in part]
+                some_credits = [final[i] for i in part]
                 weights, counts = aggregate(
                     some, some_credits, loss.aggregation, constant_tokens=loss.constant_tokens, old_logprobs=some_old
                 )
@@ -200,9 +206,10 @@ def update(
                 if measured is None:  # old are the sampler's log-probs, and no update has been made yet
                     measured = mismatch(_once(result))
                     refuse_drift(measured, max_mismatch_kl)
+                if rate is not None:
+                    for group in optimizer.param_groups:
+                        group["lr"] = rate(epoch * mini_batches + number)
                 norm = _step(result.loss, parameters, optimizer, max_grad_norm, where)
-                if scheduler is not None:
-                    scheduler.step()
                 steps.append(_metrics(result, loss, counts) | {"grad_norm": norm})
     finally:
         model.train(was_training)

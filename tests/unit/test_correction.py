@@ -112,6 +112,24 @@ def test_a_ratio_is_known_where_both_log_probs_are():
     assert found[1] == 0.5 and np.isnan(found[[0, 2, 3]]).all()
 
 
+@pytest.mark.parametrize(
+    ("options", "fine", "rough"),
+    [
+        ({}, ("sampler", "none"), ("recomputed", "truncated")),
+        ({"old_logprobs": "sampler"}, ("sampler", "none"), ("sampler", "none")),
+        ({"old_logprobs": "recomputed"}, ("recomputed", "none"), ("recomputed", "truncated")),
+        ({"importance": "none"}, ("sampler", "none"), ("sampler", "none")),
+        ({"importance": "truncated"}, ("recomputed", "truncated"), ("recomputed", "truncated")),
+        ({"old_logprobs": "recomputed", "importance": "none"}, ("recomputed", "none"), ("recomputed", "none")),
+    ],
+)
+def test_the_correction_is_chosen_by_the_precision_and_what_is_given_stays(options, fine, rough):
+    for is_rough, wanted in ((False, fine), (True, rough)):
+        chosen = CorrectionOptions(**options, sequence="mask", cap=3.0).chosen(rough=is_rough)
+        assert (chosen.old_logprobs, chosen.importance) == wanted and (chosen.sequence, chosen.cap) == ("mask", 3.0)
+        assert chosen.chosen(rough=not is_rough) == chosen and chosen.scored
+
+
 def test_the_limit():
     found = mismatch(np.full(8, 0.5))  # e^0.5 - 1.5 = 0.1487
     refuse_drift(found, 0.0)
@@ -126,8 +144,8 @@ def test_the_limit():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"importance": "truncated"}, "correction.importance = truncated would correct twice"),
-        ({"old_logprobs": "guessed"}, "correction.old_logprobs is 'guessed'; allowed are sampler, recomputed"),
+        ({"old_logprobs": "sampler", "importance": "truncated"}, "correction.importance = truncated would correct twice"),
+        ({"old_logprobs": "guessed"}, "correction.old_logprobs is 'guessed'; allowed are auto, sampler, recomputed"),
         ({"sequence": "drop"}, "correction.sequence is 'drop'; allowed are none, mask"),
         ({"cap": 0.5}, "correction.cap is 0.5; it must be finite, at least 1"),
         ({"high": math.inf}, "correction.high is inf; it must be finite, at least 1"),

@@ -83,6 +83,10 @@ def test_arms_of_one_algorithm_show_the_options_in_which_they_differ():
         ({"evaluation": {"data_dir": "/sets"}}, True),
         ({"schedule": {"limit": "none", "budget": 0.0}, "max_mismatch_kl": 0.0}, True),  # younger options, at what was done before
         ({"loss": {"dual_clip": "none"}}, True),  # once written null
+        ({"update": {"dtype": "auto"}, "correction": {"old_logprobs": "auto", "importance": "auto"}}, True),
+        ({"update": {"autocast": False}, "correction": {"old_logprobs": "sampler", "importance": "none"}}, True),
+        ({"update": {"dtype": "bfloat16"}}, False),
+        ({"update": {"dtype": "bfloat16"}, "correction": {"importance": "auto"}}, False),
         ({"schedule": {"limit": "tokens", "budget": 5.0}}, False),
         ({"backend": {"dtype": "bfloat16"}}, False),
         ({"loss": {"dual_clip": 3.0}}, False),

@@ -121,6 +121,21 @@ def test_a_budget_of_tokens_limits_the_paths(tiny_tokenizer: Any) -> None:
     assert counts[0] == 16 and 3 <= counts[40] <= counts[80] <= counts[200] <= 16 and counts[40] < counts[200]
 
 
+@pytest.mark.parametrize("length", [1, 3, 5, 11])
+def test_a_budget_of_tokens_takes_another_path_for_as_long_as_the_finished_ones(tiny_tokenizer: Any, length: int) -> None:
+    """Fallback goes on while a whole path more fits, not while a segment does."""
+    eos, long = tiny_tokenizer.eos_token_id, 250
+
+    def script(context: Any, seed: int) -> list[int]:
+        return [long] * (length - 1 - list(context).count(long)) + [eos]
+
+    for paths in (2, 5, 12):
+        sampler = Segments(width=64, depth=6, segment_tokens=4, branching=(1,), initial=(2,), fallback="from_start")
+        sampler = replace(sampler, max_tree_tokens=paths * length + length - 1)
+        (tree,) = grow(sampler, ScriptedBackend(tiny_tokenizer, script), prompts_of(tiny_tokenizer, 1), seed=0)
+        assert len(tree.leaves) == paths and tree.response_lengths().tolist() == [length] * paths
+
+
 # -- splits -------------------------------------------------------------------------------------------------------------
 
 

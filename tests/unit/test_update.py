@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from torch import nn
 from transformers import Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHeadModel, MambaConfig, MambaForCausalLM
 
 import rlzoo.training.update as update_module
@@ -15,7 +14,7 @@ from rlzoo.losses.correction import CorrectionOptions
 from rlzoo.losses.policy import PolicyLoss
 from rlzoo.training.exactness import exactness
 from rlzoo.training.forward import Head
-from rlzoo.training.optim import Optim, make_optimizer, make_scheduler
+from rlzoo.training.optim import Optim, make_optimizer
 from rlzoo.training.update import ForwardOptions, NonFiniteError, gradients, score, update
 from rlzoo.tree import Segment, Tree
 from tests.reference import VOCAB, Options, path_logprobs, random_credit, random_tree, reference_gradients, tiny_model
@@ -68,10 +67,9 @@ def test_good_answers_grow_likelier_and_bad_ones_rarer():
 def test_steps_metrics_and_restored_mode(batch):
     model = tiny_model().eval()
     optimizer = make_optimizer(model, Optim(lr=1e-3))
-    scheduler = make_scheduler(optimizer, Optim(warmup_steps=10), 20)
-    options = {"mini_batches": 2, "epochs": 3, "correction": RECOMPUTED, "entropy": True, "scheduler": scheduler}
+    options = {"mini_batches": 2, "epochs": 3, "correction": RECOMPUTED, "entropy": True}
     metrics = update(model, optimizer, *batch, PolicyLoss(kl_coef=0.1), vocab_size=VOCAB, **options)
-    assert metrics["updates"] == 6 and scheduler.last_epoch == 6
+    assert metrics["updates"] == 6
     assert not model.training
     assert metrics["trees"] == 3 * 4
     assert 0 < metrics["entropy"] <= np.log(VOCAB)
@@ -261,15 +259,23 @@ def test_warm_up_and_schedules():
     assert [linear.factor(s, 6) for s in range(2, 7)] == [1, 0.75, 0.5, 0.25, 0]
     cosine = Optim(schedule="cosine")
     assert [round(cosine.factor(s, 4), 6) for s in (0, 2, 4)] == [1, 0.5, 0]
-    layer = nn.Linear(2, 2)
-    optimizer = make_optimizer(layer, Optim(lr=0.4, warmup_steps=4, weight_decay=0.1))
-    scheduler = make_scheduler(optimizer, warm, 10)
-    rates = []
-    for _ in range(5):
-        rates.append(optimizer.param_groups[0]["lr"])
-        optimizer.step()
-        scheduler.step()
-    assert rates == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.4])
+    assert [Optim(lr=0.4, warmup_steps=4).rate(s, 10) for s in range(5)] == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.4])
+
+
+def test_the_rate_goes_by_place_and_a_skipped_update_keeps_its_place(batch):
+    trees, credits = batch
+    model = tiny_model()
+    optimizer, used, asked = torch.optim.SGD(model.parameters(), lr=9.0), [], []
+    optimizer.register_step_pre_hook(lambda *_: used.append(optimizer.param_groups[0]["lr"]))
+
+    def rate(number):
+        asked.append(number)
+        return 0.1 * (number + 1)
+
+    options = {"vocab_size": VOCAB, "mini_batches": 3, "epochs": 2, "rate": rate}
+    metrics = update(model, optimizer, trees[:2], credits[:2], PolicyLoss(), **options)  # two trees, so the third mini-batch is empty
+    assert metrics["updates"] == 4 and sorted(set(asked)) == [0, 1, 3, 4]
+    assert used == pytest.approx([0.1, 0.2, 0.4, 0.5])
 
 
 def test_norms_and_biases_are_not_decayed():

@@ -15,8 +15,8 @@ from rlzoo.backends.calls import EngineError
 from rlzoo.backends.protocol import SamplingParams, SegmentRequest
 from rlzoo.sampling.grow import grow
 from rlzoo.sampling.nary import Nary
-from rlzoo.training.sync import prove, sync
-from tests.engines import KNOWN_IDS, VLLM_SHAPE, drain, ids, perturbed, probes, prompts_of, requests_of, teacher, with_ends
+from rlzoo.training.sync import Sync, prove, sync
+from tests.engines import KNOWN_IDS, VLLM_SHAPE, drain, ids, nudged, perturbed, probes, prompts_of, requests_of, teacher, with_ends
 
 pytestmark = pytest.mark.vllm
 
@@ -103,6 +103,30 @@ def test_other_models_and_types_sync_too(tiny_model: Any, tiny_tokenizer: Any, k
         assert receipt.tensors == len(list(model.parameters()))
         proof = prove(engine, model, probes(tiny_tokenizer), tolerance=1e-4 if dtype == torch.float32 else 0.1, seed=version)
         assert proof.tokens >= 6
+    engine.close()
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "llama"])
+def test_an_engine_in_bfloat16_takes_over_float32_weights(
+    tiny_model: Any, tiny_tokenizer: Any, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Cast at each sync, proved without false alarms, and a skipped sync and a kept cache are found however small the update."""
+    from rlzoo.backends.vllm import VllmBackend
+
+    model = tiny_model(kind=kind, **VLLM_SHAPE, initializer_range=0.05)
+    engine = VllmBackend(model, tiny_tokenizer, capacity=8, dtype="bfloat16")
+    prove_all = Sync(engine, probes(tiny_tokenizer), "bfloat16", seed=0)
+    for version in range(6):
+        model = nudged(model)
+        assert prove_all(model, version).mean < 0.05
+    assert engine.stale_weights(model.named_parameters()) == []
+    later = nudged(model)
+    with monkeypatch.context() as skipped, pytest.raises(RuntimeError, match=r"stale are \d+ weights"):
+        skipped.setattr(engine._engine, "load", lambda named, asleep: None)
+        prove_all(later, 7)
+    monkeypatch.setattr(engine._engine.llm, "reset_prefix_cache", lambda: True)
+    with pytest.raises(RuntimeError, match=r"it computed \d+ tokens where the contexts have \d+, so a prefix cache was kept"):
+        prove_all(later, 8)
     engine.close()
 
 
