@@ -63,6 +63,9 @@ class UpdateOptions:
     """packed computes shared prefixes once per row; unrolled gives every response its own row."""
     autocast: bool = False
     """bfloat16 autocast in the update."""
+    gradient_checkpointing: Literal["auto", "on", "off"] = "auto"
+    """on keeps only the input of each layer and computes the rest again in the backward pass; auto does so where the GPU's memory would
+    not hold the update otherwise."""
 
     def __post_init__(self) -> None:
         _at_least("update", self, token_budget=1)

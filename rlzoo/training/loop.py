@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from transformers import set_seed
 
+from ..backends.memory import free
 from ..backends.select import choose, open_backend
 from ..config import RunConfig, build
 from ..credit.base import Credit
@@ -40,12 +41,15 @@ from ..store.trees import TreeRecord, write_trees
 from . import checkpoint
 from .collect import Batch, Collector, GradedTree, describe
 from .exactness import exactness
+from .fitting import recomputes
+from .forward import recompute_layers
 from .interrupts import Interrupts
 from .measure import Measurer, final_suite
 from .models import LoadedModel, load_model, pick_device, weights_sha256
 from .optim import make_optimizer, make_scheduler
+from .retry import TokenBudget
 from .sync import TOLERANCE, Sync
-from .update import NonFiniteError, score, update
+from .update import NonFiniteError, credited, score, update
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,7 +146,10 @@ class Trainer:
         for name, testset in suite.items():
             self._fitting(testset, name, config.evaluation.max_response_tokens, 0)
         self.layout = self._layout(longest)
-        self.token_budget = config.update.token_budget
+        if recomputes(config, self.model):  # after the engine and the reference were copied
+            recompute_layers(self.model)
+            self.progress.note("updates compute each layer's activations twice instead of keeping them (gradient checkpointing)")
+        self.token_budget = TokenBudget(config.update.token_budget, self.progress.note)
         restored = resume and self._restore()
         self.trackers = open_trackers(config.trackers, folder.path, config.to_dict(), after=self.step if restored else None)
 
@@ -191,7 +198,7 @@ class Trainer:
         saved.apply(self.model, self.optimizer)
         state = saved.state
         self.step, self.best, self.stream.cursor = saved.step, state["best"], state["cursor"]
-        self.sampled_tokens, self.token_budget = state["sampled_tokens"], state["token_budget"]
+        self.sampled_tokens, self.token_budget.tokens = state["sampled_tokens"], state["token_budget"]
         self.scheduler.load_state_dict(state["scheduler"])
         self.ledger.resume(state["ledger"])
         self.sync(self.model, self.step)
@@ -278,12 +285,11 @@ class Trainer:
             "token_budget": self.token_budget,
             "layout": self.layout,
             "autocast_dtype": torch.bfloat16 if options.autocast else None,
-            "message": self.progress.note,
         }
         self.backend.rest()
         if self.reference is not None:
             with self.ledger.phase("scoring"):
-                scores = score(self.reference, trees, **computation)
+                scores = score(self.reference, trees, only=credited(trees, credits), **computation)
                 trees = [replace(t, ref_logprobs=s) for t, s in zip(trees, scores, strict=True)]
         with self.ledger.phase("update"):
             metrics = update(
@@ -300,7 +306,6 @@ class Trainer:
                 max_mismatch_kl=self.config.max_mismatch_kl,
                 **computation,
             )
-        self.token_budget = int(metrics["token_budget"])  # smaller for good once memory ran out
         with self.ledger.phase("sync"):
             proof = self.sync(self.model, self.step + 1)
         row = {name if "/" in name else f"update/{name}": value for name, value in metrics.items()}
@@ -332,7 +337,7 @@ class Trainer:
                 "problems": self._checksums(),
                 "best": self.best,
                 "sampled_tokens": self.sampled_tokens,
-                "token_budget": self.token_budget,
+                "token_budget": self.token_budget.tokens,
                 "scheduler": self.scheduler.state_dict(),
                 "ledger": self.ledger.as_dict(),
             }
@@ -346,6 +351,9 @@ class Trainer:
             checkpoint.save_model(self.folder.final, self.model, self.loaded.tokenizer)
         training = self.ledger.as_dict()
         self.progress.close()
+        self.optimizer.state.clear()  # the weights are saved, nothing is trained any more
+        self.reference = None
+        free()
         results, described = self.measurer.final(self.model), self.measurer.described()
         summary = result_row(
             kind="run",

@@ -146,7 +146,7 @@ def test_no_memory_for_one_path_goes_up_and_leaves_the_engine_usable(
     torch64: Engine, tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     backend, error = torch64.make(4), ALLOCATIONS_THAT_FAIL[0]
-    with monkeypatch.context() as patch, pytest.raises(torch.OutOfMemoryError, match="2.00 GiB"):
+    with monkeypatch.context() as patch, pytest.raises(torch.OutOfMemoryError, match="Tried to allocate"):
         limited(patch, Forwards, "rows", 0, PLACES["decoding"][2], error)
         grown(backend, tiny_tokenizer, SAMPLERS[0])
     assert backend.capacity == 1 and not holds_anything(backend)
