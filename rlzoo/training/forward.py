@@ -80,7 +80,7 @@ def pack_logprobs(
         "use_cache": False,
     }
     if pack.attention is not None:
-        inputs[NAME] = AttentionTensors.of(pack.attention, device)
+        inputs[NAME] = AttentionTensors(pack.attention, device)
     source, targets = torch.as_tensor(pack.source, device=device), torch.as_tensor(pack.target_ids, device=device)
     if not head.plain:
         logits = model(**inputs).logits.flatten(0, 1)[source]

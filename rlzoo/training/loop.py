@@ -146,7 +146,7 @@ class Trainer:
         for name, testset in suite.items():
             self._fitting(testset, name, config.evaluation.max_response_tokens, 0)
         self.layout = self._layout(longest)
-        if recomputes(config, self.model):  # after the engine and the reference were copied
+        if recomputes(config, self.model, longest):  # after the engine and the reference were copied
             recompute_layers(self.model)
             self.progress.note("updates compute each layer's activations twice instead of keeping them (gradient checkpointing)")
         self.token_budget = TokenBudget(config.update.token_budget, self.progress.note)
