@@ -28,8 +28,9 @@ GB = 10**9
 SHAPES = {name: script.shape_of(name)[1] for name in script.MODELS}
 
 
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointing"])
-@pytest.mark.parametrize(("name", "tokens"), [("1.5b", 8192), ("1.5b", 32768), ("7b", 8192)])
+@pytest.mark.parametrize(
+    ("name", "tokens", "checkpointing"), [("1.5b", 8192, False), ("1.5b", 32768, True), ("7b", 8192, False), ("7b", 8192, True)]
+)
 def test_an_update_takes_what_the_estimate_says(name: str, tokens: int, checkpointing: bool) -> None:
     """Forward, backward, AdamW on fake tensors of the real widths; few layers for speed (docs/memory.md has all of them)."""
     measured = script.measure(name, tokens, checkpointing, layers=2)
