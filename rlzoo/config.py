@@ -29,7 +29,7 @@ class BackendOptions:
     kind: str = "auto"
     """torch, vllm, or auto: vllm on a GPU where it is installed and fits, else torch."""
     capacity: int = 256
-    """Paths decoded at once."""
+    """Paths decoded at once, at most: the torch engine halves it when memory runs out, or would for the longest paths asked for."""
     dtype: Literal["float32", "float64", "bfloat16"] = "float32"
     """Precision of model and engine."""
     device: str = "auto"

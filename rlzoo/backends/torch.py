@@ -50,7 +50,8 @@ class _Plan:
 class TorchBackend:
     """Sample with a transformers model.
 
-    `model` is copied, unless `share` says that the trainer's own module is to be used. `capacity` paths run at once;
+    `model` is copied, unless `share` says that the trainer's own module is to be used. `capacity` paths run at
+    once, half as many whenever memory runs out (or would, for the longest paths that were asked for);
     prefixes kept for forks take at most `cache_bytes` (an evicted one is computed again from its context). Results depend
     on capacity and order only through the rounding of the model's arithmetic: in float64 the same tokens are drawn.
 

@@ -106,7 +106,7 @@ def describe(config: RunConfig, model: dict[str, Any], gpu: Gpu) -> list[Grid]:
         f"{config.update.gradient_checkpointing})",
         *_speed(config, shape, load.path, both[on].capacity, on, gpu),
     ]
-    if both[on].capacity < config.backend.capacity:
+    if both[on].peak <= total and both[on].capacity < config.backend.capacity:
         notes.append(f"the engine decodes {both[on].capacity} paths at once instead of {config.backend.capacity}: its cache must fit")
     notes.append(verdict(config, model, both[on], gpu, share))
     title = f"Largest phase on a GPU of {gpu.memory:g} GB"

@@ -57,13 +57,16 @@ def estimate_both(
 def recomputes(config: RunConfig, model: Any, longest_path: int) -> bool:
     """Whether the updates of `model`, where it is, recompute activations: as configured, or as the estimate says of its GPU."""
     from ..backends.memory import device_bytes
+    from ..backends.select import choose
 
-    total = device_bytes(next(model.parameters()).device)
+    device = next(model.parameters()).device
+    total = device_bytes(device)
     if config.update.gradient_checkpointing != "auto" or total is None:
         return config.update.gradient_checkpointing == "on"
     if not getattr(model, "supports_gradient_checkpointing", False):
         return False
+    share = config.backend.memory if choose(config.backend, str(device)) == "vllm" else 0.0
     try:
-        return estimate_both(config, model.config, total, longest_path=longest_path)[0]
+        return estimate_both(config, model.config, total, share, longest_path)[0]
     except ValueError:  # a model that the estimate does not know; running out of memory still halves the packs
         return False

@@ -12,7 +12,8 @@ from typing import Any
 
 QUERY_BLOCK = 256  # queries that packed attention gathers keys for at once: packing.QUERY_BLOCK
 CHUNK_BYTES = 1 << 29  # logits at once on a GPU: losses.logprobs.CHUNK_BYTES
-PREFIX_BYTES = 1 << 30  # what the engine keeps for forks
+PREFIX_BYTES = 1 << 30  # what the torch engine keeps for forks
+KV_SHARE = 0.8  # of the memory that is left: backends.kvcache.KV_SHARE
 PROBE_TOKENS = 8 * 80  # of a sync proof
 
 
@@ -174,7 +175,10 @@ def estimate(shape: ModelShape, load: Load, gpu_bytes: int | None = None) -> Est
     engine = own or load.engine * shape.weights
     update = update_bytes(shape, load)
     resident = weights + moments + reference
-    capacity, cache = _cache(shape, load, load.path, None if gpu_bytes is None else gpu_bytes - resident - engine)
+    room = None if gpu_bytes is None else gpu_bytes - resident - engine
+    if own:
+        room = own - load.engine * shape.weights
+    capacity, cache = _cache(shape, load, load.path, room)
     if own:
         cache = 0  # within its share
     decoding = 0 if own else PREFIX_BYTES + 3 * 8 * min(1 << 24, capacity * shape.vocab) + load.engine * capacity * shape.vocab
@@ -203,6 +207,6 @@ def estimate(shape: ModelShape, load: Load, gpu_bytes: int | None = None) -> Est
 def _cache(shape: ModelShape, load: Load, path: int, room: int | None) -> tuple[int, int]:
     """Paths at once, and bytes of their keys and values, rows being as long as the longest path."""
     capacity, row = load.capacity, (path + 8) * shape.cache_bytes(load.engine)
-    while room is not None and capacity > 1 and capacity * row > 0.8 * room:
+    while room is not None and capacity > 1 and capacity * row > KV_SHARE * room:
         capacity //= 2
     return capacity, capacity * row

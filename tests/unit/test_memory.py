@@ -38,7 +38,7 @@ def test_an_update_takes_what_the_estimate_says(name: str, tokens: int, checkpoi
 
 
 def test_the_sizes_that_are_written_twice_are_the_same() -> None:
-    """The estimate imports no torch, so it repeats two numbers of modules that do."""
+    """The estimate imports no torch, so it repeats numbers of modules that do."""
     assert memory.QUERY_BLOCK == packing.QUERY_BLOCK
     assert logprobs.CHUNK_BYTES["cuda"] == memory.CHUNK_BYTES
 
@@ -97,6 +97,15 @@ def test_capacity_is_halved_until_the_cache_fits(capacity: int, gpu_gb: int) -> 
     assert made.capacity in {capacity >> i for i in range(11)}
     assert made.capacity == 1 or made.capacity * row <= 0.8 * room
     assert made.capacity == capacity or 2 * made.capacity * row > 0.8 * room
+
+
+def test_an_engine_with_a_share_of_its_own_keeps_it_unless_it_sleeps() -> None:
+    """vLLM: cache and logits are within its share; capacity follows from the share."""
+    load = Load(path=4096, eval_path=4096, engine_share=0.3)
+    awake, asleep = (estimate(SHAPES["1.5b"], replace(load, sleeps=sleeps), 80 * GB) for sleeps in (False, True))
+    assert awake.phases["sampling"] == asleep.phases["sampling"] == 12 * SHAPES["1.5b"].weights + 24 * GB
+    assert awake.phases["update"] - asleep.phases["update"] == 24 * GB
+    assert awake.capacity == 128  # of 256: 16.7 GB of 24, less 3.1 GB of weights, times 0.8
 
 
 def test_one_gpu_of_80_gb_takes_full_training_of_the_small_model_and_not_of_the_large_one() -> None:
