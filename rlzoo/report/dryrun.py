@@ -14,7 +14,7 @@ from rich.console import Console
 
 from ..config import RunConfig
 from ..training.fitting import ROOM, estimate_both, load_of
-from ..training.memory import Estimate, ModelShape
+from ..training.memory import Estimate, Load, ModelShape
 from ..training.models import resolve
 from .grid import Grid
 from .text import count
@@ -104,7 +104,7 @@ def describe(config: RunConfig, model: dict[str, Any], gpu: Gpu) -> list[Grid]:
         + ("" if config.max_prompt_tokens else " (--max-prompt-tokens says how many)"),
         f"updates {'use' if on else 'do not use'} gradient checkpointing (update.gradient_checkpointing = "
         f"{config.update.gradient_checkpointing})",
-        *_speed(config, shape, load.path, both[on].capacity, on, gpu),
+        *_speed(config, shape, load, both[on], gpu),
     ]
     if both[on].peak <= total and both[on].capacity < config.backend.capacity:
         notes.append(f"the engine decodes {both[on].capacity} paths at once instead of {config.backend.capacity}: its cache must fit")
@@ -134,24 +134,25 @@ def verdict(config: RunConfig, model: dict[str, Any], made: Estimate, gpu: Gpu, 
     )
 
 
-def _speed(config: RunConfig, shape: ModelShape, path: int, capacity: int, checkpointing: bool, gpu: Gpu) -> list[str]:
-    """Tokens and seconds of a step whose trees are all full."""
+def _speed(config: RunConfig, shape: ModelShape, load: Load, made: Estimate, gpu: Gpu) -> list[str]:
+    """Tokens and, of a run that fits, seconds of a step whose trees are all full."""
     sampler, schedule = config.algorithm.sampler, config.algorithm.schedule
     per_tree = getattr(sampler, "full_tree_tokens", sampler.leaves_per_tree * sampler.max_response_tokens)
     sampled = schedule.problems_per_step * per_tree
-    load = load_of(config, {}, checkpointing=checkpointing)
-    rows = max(1, min(capacity, schedule.problems_per_step * sampler.leaves_per_tree))
+    tokens = f"a step samples at most {count(sampled)} tokens ({schedule.problems_per_step} trees of {count(per_tree)})"
+    if made.peak > gpu.memory * 1e9:
+        return [tokens]
+    rows = max(1, min(made.capacity, schedule.problems_per_step * sampler.leaves_per_tree))
     used = shape.weights - (0 if shape.tied else shape.table)  # the embedding is looked up
     rate, bandwidth = FLOPS_SHARE * gpu.tflops * 1e12, BANDWIDTH_SHARE * gpu.bandwidth * 1e12
-    read = load.engine * used + rows * path / 2 * shape.cache_bytes(load.engine)
+    read = load.engine * used + rows * load.path / 2 * shape.cache_bytes(load.engine)
     decoding = sampled / rows * max(read / bandwidth, 2 * used * rows / rate)
-    trained = sampled + schedule.problems_per_step * (path - sampler.max_response_tokens)
-    per_token = used + 2 * shape.layers * shape.heads * shape.head_dim * path / 2  # multiply-adds: matrices, attention in the mean
-    passes = schedule.epochs * (4 if checkpointing else 3) + load.reference + config.correction.scored
+    trained = sampled + schedule.problems_per_step * (load.path - sampler.max_response_tokens)
+    per_token = used + shape.layers * shape.heads * shape.head_dim * load.path  # multiply-adds: matrices, attention in the mean
+    passes = schedule.epochs * (4 if load.checkpointing else 3) + load.reference + config.correction.scored
     training = trained * 2 * per_token * passes / rate
     return [
-        f"a step samples at most {count(sampled)} tokens ({schedule.problems_per_step} trees of {count(per_tree)}) and takes about "
-        f"{decoding:.3g} s of sampling and {training:.3g} s of training",
+        f"{tokens} and takes about {decoding:.3g} s of sampling and {training:.3g} s of training",
         f"times are arithmetic, not measured: {FLOPS_SHARE:.0%} of {gpu.tflops:g} Tflop/s, {BANDWIDTH_SHARE:.0%} of "
         f"{gpu.bandwidth:g} TB/s; grading and the engine's own overhead are left out",
     ]

@@ -116,7 +116,7 @@ def test_one_gpu_of_80_gb_takes_full_training_of_the_small_model_and_not_of_the_
 
 
 def test_checkpointing_is_automatic_where_the_estimate_needs_it() -> None:
-    config = parse_run(["--algo", "grpo", "--update.autocast", "--backend.dtype", "bfloat16"])[0]
+    config = parse_run(["--algo", "grpo", "--backend.dtype", "bfloat16"])[0]
     sizes, shape = script.shape_of("1.5b")
     loads = [fitting.load_of(config, sizes, checkpointing=on) for on in (False, True)]
     kept, again = (estimate(shape, load).phases["update"] for load in loads)
@@ -172,7 +172,7 @@ def test_dry_run_needs_no_weights_and_makes_nothing(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     before = sorted(tmp_path.rglob("*"))
-    options = ["run", "--preset", "treerpo-paper", "--model", str(model_without_weights), "--update.autocast"]
+    options = ["run", "--preset", "treerpo-paper", "--model", str(model_without_weights)]
     assert main([*options, "--out", str(tmp_path / "made"), "--dry-run"]) == 0
     said = capsys.readouterr().out
     assert sorted(tmp_path.rglob("*")) == before
@@ -188,7 +188,7 @@ def test_dry_run_needs_no_weights_and_makes_nothing(
 
 @pytest.mark.parametrize("size", ["36", "38", "40"])
 def test_the_pack_that_is_proposed_fits(model_without_weights: Path, capsys: pytest.CaptureFixture[str], size: str) -> None:
-    options = ["run", "--algo", "grpo", "--model", str(model_without_weights), "--update.autocast", "--backend.dtype", "bfloat16"]
+    options = ["run", "--algo", "grpo", "--model", str(model_without_weights), "--backend.dtype", "bfloat16"]
     options += ["--max-prompt-tokens", "512", "--dry-run", "--gpu-memory", size]
     assert main([*options, "--update.token-budget", "65536"]) == 0
     proposed = capsys.readouterr().out.rsplit("GB; ", 1)[1].removesuffix(" would\n\n").split()
