@@ -14,6 +14,7 @@ from typing import Literal
 import numpy as np
 import torch
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 from torch.backends.cuda import SDPAParams, can_use_efficient_attention, can_use_flash_attention
 from torch.nn import functional as F
 from torch.nn.attention.bias import causal_lower_right
@@ -107,13 +108,14 @@ def _served(form: Form, device: torch.device, dtype: torch.dtype, heads: int, ke
 def _agrees(form: Form, device: torch.device, dtype: torch.dtype, heads: int, key_heads: int, size: int) -> bool:
     mask = torch.arange(24, device=device) <= torch.arange(8, 24, device=device)[:, None]
     found = []
+    outside = saved_tensors_hooks(lambda x: x, lambda x: x)  # a checkpointed layer that this runs in must not count our tensors
     try:
-        with torch.enable_grad(), torch.autocast(device.type, enabled=False), warnings.catch_warnings():
+        with torch.enable_grad(), outside, torch.autocast(device.type, enabled=False), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             for each in ("masked", form):
                 inputs = _sample(device, dtype, heads, key_heads, size)
                 out = attend(each, *inputs, mask if each == "masked" else None)  # type: ignore[arg-type,call-arg]
-                found.append([out, *torch.autograd.grad(out.float().square().sum(), inputs)])
+                found.append([out.detach(), *torch.autograd.grad(out.float().square().sum(), inputs)])
     except RuntimeError:
         return False
     close = 3e-2 if dtype in (torch.bfloat16, torch.float16) else 1e-4

@@ -18,6 +18,7 @@ from rlzoo.losses.aggregate import aggregate
 from rlzoo.losses.policy import PolicyLoss
 from rlzoo.training import attention_forms, packing, tree_attention
 from rlzoo.training.attention_forms import FORMS, Form, aligned, form_on
+from rlzoo.training.forward import recompute_layers
 from rlzoo.training.packing import Attention, pack
 from rlzoo.training.tree_attention import AttentionTensors
 from rlzoo.training.update import ForwardOptions, Head, gradients
@@ -158,3 +159,23 @@ def test_the_script_names_the_kernel_that_each_form_takes(tmp_path: Path, capsys
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert {(r["what"], r["form"]) for r in rows} >= {("update", form) for form in FORMS} | {("decoding", "grouped rows")}
     assert all(r["kernel"] and r["ms"] > 0 for r in rows)
+
+
+def test_the_check_leaves_no_trace_in_a_layer_that_is_computed_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It runs in the first forward pass, inside a checkpointed layer, and not again when that layer is recomputed."""
+    checked: list[bool] = []
+
+    def first_time(device: torch.device, *_: Any) -> Form:
+        if not checked:
+            checked.append(attention_forms._agrees("expanded", device, torch.float32, 4, 2, 16))
+        return "expanded"
+
+    monkeypatch.setattr(tree_attention, "form_on", first_time)
+    rng, model = np.random.default_rng(3), tiny_model().train()
+    trees = [random_tree(rng, model, nodes=9) for _ in range(3)]
+    weights, _ = aggregate(trees, [random_credit(rng, t) for t in trees], "token_mean")
+    recompute_layers(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        gradients(model, trees, weights, [t.logprobs for t in trees], PolicyLoss(), ForwardOptions(vocab_size=VOCAB), head=Head(True))
+    assert checked == [True]
