@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from rlzoo.benchmarks.perf import memory as script
 
@@ -73,6 +73,7 @@ def test_models_that_the_estimate_does_not_know_are_refused(config: dict[str, An
         ModelShape.of(config)
 
 
+@settings(deadline=None)
 @given(st.integers(256, 65536), st.integers(64, 8192), st.integers(1, 512), st.booleans(), st.booleans())
 def test_more_of_anything_never_needs_less(pack: int, path: int, capacity: int, reference: bool, checkpointing: bool) -> None:
     load = Load(pack=pack, path=path, eval_path=path, capacity=capacity, reference=reference, checkpointing=checkpointing)
@@ -88,6 +89,7 @@ def test_more_of_anything_never_needs_less(pack: int, path: int, capacity: int, 
         assert all(grown[phase] >= base[phase] for phase in base)
 
 
+@settings(deadline=None)
 @given(st.integers(1, 1024), st.integers(30, 200))
 def test_capacity_is_halved_until_the_cache_fits(capacity: int, gpu_gb: int) -> None:
     load = Load(capacity=capacity, path=4096)

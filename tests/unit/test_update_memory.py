@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.distributed._tools.mem_tracker import MemTracker
 
@@ -220,6 +220,7 @@ def test_autocast_keeps_no_copies_of_weights() -> None:
     assert tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"] < weights * 1.2
 
 
+@settings(deadline=None)
 @given(st.integers(2, 3000), st.integers(1, 40), st.sampled_from([torch.float32, torch.float64]), st.integers(1 << 8, 1 << 14))
 def test_chunks_of_logits_are_sized_by_bytes(vocab: int, tokens: int, dtype: torch.dtype, most: int) -> None:
     made: list[int] = []
