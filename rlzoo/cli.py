@@ -28,9 +28,7 @@ from .store.runs import RunFolder
 if TYPE_CHECKING:
     from .evaluation.options import EvalConfig
 
-USAGE = 2  # exit status of bad input, as argparse's
-FAILED = 1
-INTERRUPTED = 130
+USAGE, FAILED, INTERRUPTED = 2, 1, 130  # exit statuses; that of bad input is argparse's
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -71,10 +69,9 @@ def _complain(message: str, status: int) -> int:
 
 
 def _overview() -> str:
-    lines = ["usage: rlzoo VERB [OPTIONS]    (rlzoo VERB --help for its options)", ""]
     width = max(map(len, VERBS))
-    lines += [f"  {name:<{width}} {(function.__doc__ or '').strip().splitlines()[0]}" for name, function in VERBS.items()]
-    return "\n".join(lines)
+    lines = [f"  {name:<{width}} {(function.__doc__ or '').strip().splitlines()[0]}" for name, function in VERBS.items()]
+    return "\n".join(["usage: rlzoo VERB [OPTIONS]    (rlzoo VERB --help for its options)", "", *lines])
 
 
 def parse_run(argv: Sequence[str]) -> tuple[RunConfig, Path | None, bool]:
@@ -88,10 +85,7 @@ def parse_run(argv: Sequence[str]) -> tuple[RunConfig, Path | None, bool]:
     for name in ("config", "preset", "algo", *PLUGGABLE, "backend", "out"):
         first.add_argument(f"--{name}")
     first.add_argument("--resume", action="store_true")
-    try:
-        chosen, flags = first.parse_known_args(argv)
-    except argparse.ArgumentError as error:
-        raise ValueError(str(error)) from error
+    chosen, flags = _known(first, argv)
     layers: list[tuple[str, dict[str, Any]]] = []
     if chosen.resume:
         if not chosen.out:
@@ -113,6 +107,14 @@ def parse_run(argv: Sequence[str]) -> tuple[RunConfig, Path | None, bool]:
     return config, Path(chosen.out) if chosen.out else None, chosen.resume
 
 
+def _known(parser: argparse.ArgumentParser, argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """What `parser` knows of a command line, and the rest of it."""
+    try:
+        return parser.parse_known_args(argv)
+    except argparse.ArgumentError as error:
+        raise ValueError(str(error)) from error
+
+
 def _backend_flag(chosen: argparse.Namespace) -> list[str]:
     return ["--backend.kind", chosen.backend] if chosen.backend else []
 
@@ -124,7 +126,7 @@ def _parse_flags(base: RunConfig, flags: Sequence[str]) -> dict[str, Any]:
     choices = (
         f"Before these: --algo {'|'.join(registry.names('algorithm'))}  --config FILE.toml  --preset {'|'.join(presets()) or 'NAME'}  "
         f"--sampler {'|'.join(registry.names('sampler'))}  --credit {'|'.join(registry.names('credit'))}  "
-        f"--loss {'|'.join(registry.names('loss'))}  --backend KIND (short for --backend.kind)  --out FOLDER  --resume"
+        f"--loss {'|'.join(registry.names('loss'))}  --backend KIND (short for --backend.kind)  --out FOLDER  --resume  --dry-run"
     )
     parsed, unknown = _parse(schema, "rlzoo run", flags, default=schema(), description=choices, return_unknown_args=True)
     if unknown and unknown[0].startswith("--backend-url"):
@@ -170,7 +172,11 @@ def _alike(flag: str, base: RunConfig) -> str:
 
 
 def _run(argv: Sequence[str]) -> int:
-    """Train a model: rlzoo run --algo NAME. Ends with a table and the run folder's path."""
+    """Train a model: rlzoo run --algo NAME. Ends with a table and the run folder's path. With --dry-run: what it would need."""
+    if "--dry-run" in argv:
+        from .report.dryrun import dry_run
+
+        return dry_run(argv, parse_run)
     config, out, resume = parse_run(argv)
     from .training.loop import run
 
@@ -235,10 +241,7 @@ def parse_eval(argv: Sequence[str]) -> tuple[EvalConfig, Path | None, bool]:
     first.add_argument("--backend")
     first.add_argument("--out")
     first.add_argument("--resume", action="store_true")
-    try:
-        chosen, flags = first.parse_known_args(argv)
-    except argparse.ArgumentError as error:
-        raise ValueError(str(error)) from error
+    chosen, flags = _known(first, argv)
     base = EvalConfig()
     if chosen.resume:
         if not chosen.out:
@@ -257,10 +260,7 @@ def _eval(argv: Sequence[str]) -> int:
         first.add_argument("--from-outputs", nargs="+", type=Path)
         first.add_argument("--json", action="store_true")
         first.add_argument("--out", type=Path)
-        try:
-            chosen, left = first.parse_known_args(argv)
-        except argparse.ArgumentError as error:
-            raise ValueError(str(error)) from error
+        chosen, left = _known(first, argv)
         if left:
             raise ValueError(f"{left[0]!r} does not go with --from-outputs, which takes files, --json and --out FOLDER")
         from .report.evaluated import print_recorded

@@ -29,7 +29,7 @@ class BackendOptions:
     kind: str = "auto"
     """torch, vllm, or auto: vllm on a GPU where it is installed and fits, else torch."""
     capacity: int = 256
-    """Paths decoded at once."""
+    """Paths decoded at once, at most: the torch engine halves it when memory runs out, or would for the longest paths asked for."""
     dtype: Literal["float32", "float64", "bfloat16"] = "float32"
     """Precision of the engine, which samples with its own copy of the weights."""
     device: str = "auto"
@@ -64,6 +64,9 @@ class UpdateOptions:
     dtype: Literal["auto", "float32", "float64", "bfloat16"] = "auto"
     """Precision of the trainer. bfloat16: float32 weights, gradients and moments, and bfloat16 autocast in every forward pass;
     float32 and float64: everything in it. auto: the engine's own (backend.dtype), so that both compute alike."""
+    gradient_checkpointing: Literal["auto", "on", "off"] = "auto"
+    """on keeps only the input of each layer and computes the rest again in the backward pass; auto does so where the GPU's memory would
+    not hold the update otherwise."""
 
     def __post_init__(self) -> None:
         _at_least("update", self, token_budget=1)

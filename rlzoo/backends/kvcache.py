@@ -18,18 +18,21 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from ..tree import Int32
+from .memory import room
 
 ATTENTION = "rlzoo_rows"
+KV_SHARE = 0.8  # of the memory that a GPU has to give; the rest is for prefixes, logits and activations
 _BLOCK = 8  # lengths are rounded up to this, so that masks stay aligned
 
 Key = tuple[int, int]  # id of a segment (or prompt), tokens of its path that count
 
 
 class Rows(Cache):  # type: ignore[misc]
-    """Keys and values of the rows being decoded, one tensor [layers, 2, capacity, kv_heads, length, head_dim].
+    """Keys and values of the rows being decoded, one tensor [2, capacity, kv_heads, length, head_dim] per layer.
 
     A forward of one token per row writes each at its row's own position and reads [:rows, :, :longest]. The length grows as
-    needed. Memory beyond a row's own length holds stale but finite numbers, which the mask hides.
+    needed, layer by layer, so that no more than one layer is ever held twice. Memory beyond a row's own length holds stale but
+    finite numbers, which the mask hides. `max_length`: tokens of the longest path that is asked for so far.
     """
 
     is_compileable = False
@@ -39,51 +42,71 @@ class Rows(Cache):  # type: ignore[misc]
         self.layer_class_to_replicate = None
         self.offloading = False
         self.capacity, self.max_length = capacity, max_length
-        self.kv: Tensor | None = None
+        self.kv: list[Tensor] = []
         self._rows = self._longest = 0
         self._at: Tensor | None = None
 
-    def reserve(self, like: Tensor, length: int) -> Tensor:
-        """Make room for `length` tokens per row, shaped like `like` [layers, 2, kv_heads, tokens, head_dim]."""
-        old = self.kv
-        if old is not None and old.shape[4] >= length:
-            return old
-        wanted = _round(max(length, 64 if old is None else min(2 * old.shape[4], self.max_length)))
-        layers, _, heads, _, dim = like.shape
-        # Zeros, not empty: a NaN left in memory would pass through a masked attention weight of 0.
-        kv = torch.zeros(layers, 2, self.capacity, heads, wanted, dim, dtype=like.dtype, device=like.device)
-        if old is not None:
-            kv[:, :, :, :, : old.shape[4]] = old
-        self.kv = kv
-        return kv
+    def drop(self) -> None:
+        """Give all memory back."""
+        self.kv, self._at = [], None
+
+    def grow(self, length: int) -> None:
+        """Make room for `length` tokens per row.
+
+        Raises:
+            torch.OutOfMemoryError: the GPU has no room for all rows at `max_length`, so that it would run out of memory later.
+        """
+        held = self.kv[0].shape[3]
+        if held >= length:
+            return
+        wanted = _round(max(length, 64, min(2 * held, self.max_length)))
+        self._check_room(max(wanted, self.max_length))
+        for i, old in enumerate(self.kv):
+            # Zeros, not empty: a NaN left in memory would pass through a masked attention weight of 0.
+            new = old.new_zeros(*old.shape[:3], wanted, old.shape[4])
+            new[:, :, :, :held] = old
+            self.kv[i] = new
+            del old
+
+    def _check_room(self, length: int) -> None:
+        like = self.kv[0]
+        rest = room(like.device)
+        needed = len(self.kv) * 2 * self.capacity * like.shape[2] * length * like.shape[4] * like.itemsize
+        if rest is not None and needed > KV_SHARE * (rest + sum(layer.nbytes for layer in self.kv)):
+            raise torch.OutOfMemoryError(f"no room for {needed} bytes of keys and values, out of memory before it happens")
 
     def load(self, rows: Sequence[int], prefix: Tensor) -> None:
         """Copy one prefix [layers, 2, kv_heads, tokens, head_dim] into each of `rows`."""
-        kv = self.reserve(prefix, prefix.shape[3] + 1)
-        part = kv.narrow(4, 0, prefix.shape[3])
-        if rows[-1] - rows[0] == len(rows) - 1:
-            part[:, :, rows[0] : rows[-1] + 1] = prefix[:, :, None]
-        else:
-            part[:, :, torch.as_tensor(rows, device=kv.device)] = prefix[:, :, None]
+        layers, _, heads, tokens, dim = prefix.shape
+        if not self.kv:
+            self.kv = [prefix.new_empty(2, self.capacity, heads, 0, dim) for _ in range(layers)]
+        self.grow(tokens + 1)
+        for layer, part in zip(self.kv, prefix, strict=True):
+            _write(layer, rows, part)
+
+    def spread(self, row: int, rows: Sequence[int], tokens: int) -> None:
+        """Copy the first `tokens` tokens of `row` into each of `rows`, if any."""
+        if rows:
+            for layer in self.kv:
+                _write(layer, rows, layer[:, row, :, :tokens])
 
     def prefix(self, row: int, tokens: int) -> Tensor:
-        """A view of the first `tokens` tokens of a row, [layers, 2, kv_heads, tokens, head_dim]."""
-        assert self.kv is not None
-        return self.kv[:, :, row, :, :tokens]
+        """A copy of the first `tokens` tokens of a row, [layers, 2, kv_heads, tokens, head_dim]."""
+        return torch.stack([layer[:, row, :, :tokens] for layer in self.kv])
 
     def move(self, source: Sequence[int], target: Sequence[int], tokens: int) -> None:
         """Copy rows `source` over rows `target`."""
-        assert self.kv is not None
-        part = self.kv.narrow(4, 0, tokens)
-        at = torch.as_tensor(source, device=self.kv.device)
-        part[:, :, torch.as_tensor(target, device=self.kv.device)] = part[:, :, at]
+        at, to = (torch.as_tensor(rows, device=self.kv[0].device) for rows in (source, target))
+        for layer in self.kv:
+            part = layer.narrow(3, 0, tokens)
+            part[:, to] = part[:, at]
 
     def aim(self, positions: NDArray[np.int64]) -> Tensor:
         """Prepare a forward of one token per row at `positions` [rows]; returns the additive mask [rows, 1, 1, longest]."""
         rows, longest = len(positions), _round(int(positions.max()) + 1)
-        assert self.kv is not None
-        kv = self.reserve(self.kv[:, :, 0], longest)
-        _, _, _, heads, length, _ = kv.shape
+        self.grow(longest)
+        kv = self.kv[0]
+        _, _, heads, length, _ = kv.shape
         self._rows, self._longest = rows, longest
         flat = (np.arange(rows)[:, None] * heads + np.arange(heads)) * length + positions[:, None]
         self._at = torch.from_numpy(flat.reshape(-1)).to(kv.device)
@@ -93,7 +116,7 @@ class Rows(Cache):  # type: ignore[misc]
         return mask[:, None, None]
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        assert self.kv is not None and self._at is not None
+        assert self._at is not None
         both = self.kv[layer_idx]
         views = []
         for store, new in ((both[0], key_states), (both[1], value_states)):
@@ -225,6 +248,13 @@ def rows_attention(
     grouped = query.reshape(rows, key.shape[1], groups, dim)
     out = F.scaled_dot_product_attention(grouped, key, value, attn_mask=attention_mask, dropout_p=dropout, scale=scaling)
     return out.reshape(rows, 1, heads, dim), None
+
+
+def _write(layer: Tensor, rows: Sequence[int], prefix: Tensor) -> None:
+    """Copy `prefix` [2, kv_heads, tokens, head_dim] into each of `rows` of a layer."""
+    part = layer.narrow(3, 0, prefix.shape[2])
+    consecutive = rows[-1] - rows[0] == len(rows) - 1
+    part[:, slice(rows[0], rows[-1] + 1) if consecutive else torch.as_tensor(rows, device=layer.device)] = prefix[:, None]
 
 
 def _round(tokens: int) -> int:

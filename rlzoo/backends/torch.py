@@ -6,7 +6,7 @@ takes its row. The state of a segment that may be extended is kept; its children
 
 from __future__ import annotations
 
-import inspect
+import logging
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -19,12 +19,16 @@ from torch import Tensor
 
 from ..tree import Float32, Float64, Int32, Stop, Tree
 from .drawing import Filters, draw, end_ids, forbidden_ids, uniforms
-from .kvcache import ATTENTION, Key, Prefix, PrefixStore, Recorder, Rows, causal_mask
+from .forwards import Forwards
+from .kvcache import ATTENTION, Key, Prefix, PrefixStore, Rows
+from .memory import free, out_of_memory
 from .protocol import BackendStats, Receipt, SamplingParams, SegmentRequest, SegmentResult, TraceRow
 from .rowstate import RowState
 from .scoring import forward_rows, score_trees
 from .waiting import Group, Known, Waiting
 from .weights import check_full_attention, context_length, copy_of, copy_weights, floating_type
+
+log = logging.getLogger(__name__)
 
 _PREFILL_TOKENS = 8192  # padded prompt tokens forwarded at once
 _PREFILL_LOGITS = 1 << 28  # logits computed at once for them, at most: each prompt's at every prompt's last position
@@ -45,8 +49,8 @@ class _Plan:
 class TorchBackend:
     """Sample with a transformers model.
 
-    `model` is copied, in `dtype` (None: its own), unless `share` says that the trainer's own module is to be used.
-    `capacity` paths run at once;
+    `model` is copied, in `dtype` (None: its own), unless `share` says that the trainer's own module is to be used. `capacity`
+    paths run at once, half as many whenever memory runs out (or would, for the longest paths that were asked for);
     prefixes kept for forks take at most `cache_bytes` (an evicted one is computed again from its context). Results depend
     on capacity and order only through the rounding of the model's arithmetic: in float64 the same tokens are drawn.
 
@@ -88,7 +92,7 @@ class TorchBackend:
         self._is_eos[[i for i in self.eos_ids if i < self.vocabulary]] = True
         self._pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
         self._store = PrefixStore(cache_bytes)
-        self._cache = Rows(capacity, self.max_context)
+        self._cache = Rows(capacity, 0)
         self._state = RowState(capacity)
         self._waiting = Waiting(self.max_context, self._forget)
         self._running: dict[int, int] = {}  # request -> row
@@ -96,15 +100,14 @@ class TorchBackend:
         self._holes: list[int] = []  # free rows below self._rows
         self._rows = 0
         self._counts = dict.fromkeys(BackendStats.__dataclass_fields__, 0)
-        self._keeps_logits = "logits_to_keep" in inspect.signature(self.model.forward).parameters
+        self._forwards = Forwards(self.model, self.forbidden, self._pad)
         self.trace: list[TraceRow] | None = [] if trace else None
 
     def stats(self) -> BackendStats:
         return BackendStats(**self._counts)
 
     def close(self) -> None:
-        self._reset()
-        self._cache.kv = None
+        self.rest()
 
     # -- requests ---------------------------------------------------------------------------------------------------
 
@@ -112,6 +115,7 @@ class TorchBackend:
         """Queue requests; see the protocol."""
         for request in requests:
             self._waiting.add(request)
+            self._cache.max_length = max(self._cache.max_length, len(request.context) + request.max_tokens)
 
     def release(self, ids: Iterable[int]) -> None:
         """Forget ids, abandon those that wait or run; see the protocol."""
@@ -133,27 +137,51 @@ class TorchBackend:
     def step(self) -> list[SegmentResult]:
         """Advance every running path by one token, and start waiting ones where there is room.
 
-        After any error the engine is empty, and usable once more if its weights are sound.
+        Out of memory halves the capacity, for good, and starts what was running once more. After any other error the engine is
+        empty, and usable once more if its weights are sound.
 
         Raises:
             RuntimeError: the model's logits are not finite.
+            torch.OutOfMemoryError or RuntimeError: out of memory with one path at once.
         """
         if not self._running and not self._waiting.queued:
             return []
-        try:
-            plans = self._plan()
-            self._compact(plans)
-            logits = self._decode()
-            admitted = self._admit(plans, logits)
-            finished = self._draw(logits, plans)
-        except BaseException:
-            self.close()  # a half-done step cannot be resumed, and numbers that are not finite must not stay in the cache
-            raise
+        while True:
+            try:
+                return self._advance()
+            except BaseException as error:
+                if self.capacity == 1 or not out_of_memory(error):
+                    self.close()  # a half-done step cannot be resumed, and numbers that are not finite must not stay in the cache
+                    raise
+            self._shrink()  # outside the handler: the traceback holds the step's tensors
+
+    def _advance(self) -> list[SegmentResult]:
+        plans = self._plan()
+        self._compact(plans)
+        logits = self._forwards.rows(self._cache, self._state, self._rows)
+        self._counts["forwarded_tokens"] += len(self._running)  # the others are counted with their groups
+        admitted = self._admit(plans, logits)
+        finished = self._draw(logits, plans)
         self._counts["steps"] += 1
         if self.trace is not None:
             ids = tuple(r.id for r in finished)
             self.trace.append(TraceRow(self._counts["steps"], len(self._running) + len(ids), ids, tuple(admitted)))
         return finished
+
+    def _shrink(self) -> None:
+        """Halve the capacity and let everything that runs wait again. What a request samples depends on its context and seed alone, so
+        the results are the same; the tokens that its row had so far are sampled again and counted once."""
+        log.warning("out of memory with %d paths at once; going on with %d", self.capacity, self.capacity // 2)
+        self.capacity //= 2
+        for row in reversed(self._running.values()):
+            request = self._state.request[row]
+            assert request is not None
+            self._counts["sampled_tokens"] -= int(self._state.count[row])
+            self._waiting.put_back(request)
+        self._drop_rows()
+        self._cache = Rows(self.capacity, self._cache.max_length)
+        self._state = RowState(self.capacity)
+        free()
 
     def _plan(self) -> list[_Plan]:
         """Decide who gets a row, forks first, and bring what can be computed in the next forward into rows."""
@@ -206,7 +234,7 @@ class TorchBackend:
                 stays.append((group, row))
                 continue
             if stop == Stop.OPEN or self._waiting.wanted(key[0]):
-                self._store.put(key, Prefix(path, self._cache.prefix(row, len(path) - 1).clone()))
+                self._store.put(key, Prefix(path, self._cache.prefix(row, len(path) - 1)))
             self._holes.append(row)
         self._parked.clear()
         return stays
@@ -234,60 +262,23 @@ class TorchBackend:
         known.forwarded = max(known.forwarded, n)
 
     def _compute(self, plans: Sequence[_Plan], past: Tensor | None) -> None:
-        """Forward whole contexts (one only, if it continues `past`), right-padded."""
-        held = 0 if past is None else past.shape[3]
-        parts = [torch.from_numpy(p.group.context[held:].astype(np.int64)) for p in plans]
-        ids = torch.nn.utils.rnn.pad_sequence(parts, batch_first=True, padding_value=self._pad).to(self.device)
-        width = ids.shape[1]
-        last = torch.tensor([len(part) - 1 for part in parts], device=self.device)
-        keep, at = torch.unique(last, return_inverse=True)
-        recorder = Recorder(past)
-        out = self.model(
-            input_ids=ids,
-            attention_mask=causal_mask(width, held, self.model.dtype, self.device),
-            position_ids=torch.arange(held, held + width, device=self.device).expand(len(plans), -1),
-            past_key_values=recorder,
-            use_cache=True,
-            **({"logits_to_keep": keep} if self._keeps_logits else {}),
-        )
-        logits = self._allowed(out.logits[torch.arange(len(plans), device=self.device), at if self._keeps_logits else last])
-        kv = recorder.stacked()
+        """Forward whole contexts (one only, if it continues `past`)."""
+        kv, logits, padded = self._forwards.contexts([p.group.context for p in plans], past)
         for i, plan in enumerate(plans):
             plan.prefix = Prefix(plan.group.context, kv[:, :, i, :, : len(plan.group.context)], logits[i])
-        self._counts["padded_tokens"] += len(plans) * width - sum(len(part) for part in parts)
-
-    def _decode(self) -> Tensor | None:
-        """Forward the last token of every row; logits [rows, vocabulary]."""
-        rows, state = self._rows, self._state
-        if rows == 0:
-            return None
-        mask = self._cache.aim(state.length[:rows])
-        out = self.model(
-            input_ids=torch.from_numpy(state.last[:rows, None]).to(self.device),
-            attention_mask=mask,
-            position_ids=torch.from_numpy(state.length[:rows, None]).to(self.device),
-            past_key_values=self._cache,
-            use_cache=True,
-        )
-        state.length[:rows] += 1
-        self._counts["forwarded_tokens"] += len(self._running)  # the others are counted with their groups
-        return self._allowed(out.logits[:, -1])
-
-    def _allowed(self, logits: Tensor) -> Tensor:
-        return logits.index_fill_(1, self.forbidden, -torch.inf) if len(self.forbidden) else logits
+        self._counts["padded_tokens"] += padded
 
     def _admit(self, plans: Sequence[_Plan], logits: Tensor | None) -> list[int]:
         """Give each planned request a row that holds its context; returns their ids."""
         admitted = []
         for plan in plans:
             group, n = plan.group, len(plan.group.context)
-            if plan.row is not None:
-                assert logits is not None
-                plan.prefix = Prefix(group.context, self._cache.prefix(plan.row, n), logits[plan.row])
-            assert plan.prefix is not None
             rows = [] if plan.row is None else [plan.row]
             added = [self._take_row() for _ in range(plan.count - len(rows))]
-            if added:
+            if plan.row is not None:
+                self._cache.spread(plan.row, added, n)
+            elif added:
+                assert plan.prefix is not None
                 self._cache.load(added, plan.prefix.kv)
             plan.rows = rows + added
             for row in plan.rows:
@@ -296,15 +287,20 @@ class TorchBackend:
                 self._running[request.id] = row
                 admitted.append(request.id)
             if group.waiting or group.key[0] not in self._waiting.released:
-                self._keep(group.key, plan.prefix)
+                self._keep(plan, logits)
             self._waiting.settle(group)
         return admitted
 
-    def _keep(self, key: Key, prefix: Prefix) -> None:
+    def _keep(self, plan: _Plan, logits: Tensor | None) -> None:
         """Keep what later children need, unless it is in the store already."""
-        if self._store.get(key) is not prefix:
-            assert prefix.logits is not None
-            self._store.put(key, Prefix(prefix.tokens, prefix.kv.clone(), prefix.logits.clone()))
+        group, prefix = plan.group, plan.prefix
+        if plan.row is not None:
+            assert logits is not None
+            kv = self._cache.prefix(plan.row, len(group.context))
+            self._store.put(group.key, Prefix(group.context, kv, logits[plan.row].clone()))
+        elif self._store.get(group.key) is not prefix:
+            assert prefix is not None and prefix.logits is not None
+            self._store.put(group.key, Prefix(prefix.tokens, prefix.kv.clone(), prefix.logits.clone()))
 
     def _draw(self, logits: Tensor | None, plans: Sequence[_Plan]) -> list[SegmentResult]:
         """Draw one token for every row; rows that start take the logits of their context, shared with their siblings."""
@@ -313,8 +309,8 @@ class TorchBackend:
         parts = [] if logits is None else [logits]
         size = 0 if logits is None else len(logits)
         for plan in plans:
-            assert plan.prefix is not None and plan.prefix.logits is not None
             if plan.row is None:
+                assert plan.prefix is not None and plan.prefix.logits is not None
                 parts.append(plan.prefix.logits[None])
                 source[plan.rows] = size
                 size += 1
@@ -325,8 +321,8 @@ class TorchBackend:
             scores = scores[torch.from_numpy(source).to(self.device)]
         filters = Filters(state.temperature[:rows], state.top_p[:rows], state.top_k[:rows], self.device)
         tokens, logprobs = draw(scores, uniforms(state.seed[:rows], state.count[:rows]), filters)
-        self._counts["sampled_tokens"] += rows
         ended = state.record(rows, tokens.cpu().numpy(), logprobs.cpu().numpy(), self._is_eos)
+        self._counts["sampled_tokens"] += rows
         return [self._finish(int(row)) for row in ended]
 
     def _finish(self, row: int) -> SegmentResult:
@@ -382,8 +378,10 @@ class TorchBackend:
         return Receipt(version, tensors, size, time.perf_counter() - begun)
 
     def rest(self) -> None:
-        """Forget every prefix; see the protocol."""
+        """Forget every prefix and give the memory of keys and values back; see the protocol."""
         self._reset()
+        self._cache.drop()
+        free(self.device)
 
     def stale_weights(self, named_parameters: Iterable[tuple[str, Tensor]]) -> list[str]:
         """Names of the given weights that are not what the engine computes with (after rounding to its own type)."""
@@ -392,7 +390,13 @@ class TorchBackend:
 
     def _reset(self) -> None:
         """Forget every id, row and prefix."""
-        for held in (self._store, self._waiting, self._running, self._parked, self._holes):
+        self._waiting.clear()
+        self._drop_rows()
+        self._cache.max_length = 0
+
+    def _drop_rows(self) -> None:
+        """Forget every row and prefix."""
+        for held in (self._store, self._running, self._parked, self._holes):
             held.clear()
         self._rows = 0
 

@@ -79,6 +79,20 @@ class Waiting:
         self.known[request.parent], self.known[request.id] = above, Known(request.parent, n)
         self.queued[request.id] = key
 
+    def put_back(self, request: SegmentRequest) -> None:
+        """Let a request that was taken wait again, before its siblings."""
+        parent, n = request.parent, len(request.context)
+        if parent not in self.known:  # forgotten when its last request was taken
+            self.known[parent] = Known(None, n)
+            self.released.add(parent)
+        key = (parent, n)
+        queue = self._fresh if self.known[parent].parent is None else self._forks
+        if key not in queue:
+            queue[key] = Group(key, np.asarray(request.context, np.int32))
+            self._demand[parent] = self._demand.get(parent, 0) + 1
+        queue[key].waiting.appendleft(request)
+        self.queued[request.id] = key
+
     def take(self, group: Group) -> SegmentRequest:
         """The group's next request; call `settle` when done with the group."""
         request = group.waiting.popleft()

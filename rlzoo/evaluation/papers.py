@@ -48,6 +48,7 @@ ABSENT = {
     "shaping.overlong_factor": 1.0,
     "update.autocast": False,
     "update.dtype": "float32",
+    "update.gradient_checkpointing": "auto",
 }
 """Options younger than some rows (or gone since), with the value that does what was done before they were there."""
 

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-CHUNK_ELEMENTS = 1 << 24  # logits held at once; below this, recomputing costs more than it saves
+CHUNK_BYTES = {"cpu": 1 << 26, "cuda": 1 << 29}
+"""Logits held at once, by device. On a CPU, below this recomputing costs more than it saves; on a GPU smaller chunks would spend
+their time on reading and writing the head's gradient."""
 
 
 def token_logprobs(
@@ -23,14 +25,15 @@ def token_logprobs(
     bias: Tensor | None = None,
     temperature: float = 1.0,
     vocab_size: int | None = None,
-    chunk_elements: int = CHUNK_ELEMENTS,
+    chunk_bytes: int | None = None,
     entropy: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """Log-probs [n] of `targets` int64 [n] under softmax(hidden @ weight.T + bias) at `temperature`, over the first
     `vocab_size` ids only (ids from there on have probability 0, as in sampling); and, on request, the entropies [n],
     in nats.
 
-    `hidden` [n, H], `weight` [V, H], `bias` [V]. At most `chunk_elements` logits are held at once.
+    `hidden` [n, H], `weight` [V, H], `bias` [V]. At most `chunk_bytes` of logits, in the precision that their log-probs
+    are taken in, are made at once (or one token's; None: CHUNK_BYTES).
 
     Raises:
         ValueError: temperature or vocab_size out of range.
@@ -41,13 +44,16 @@ def token_logprobs(
     if not 1 <= vocab <= weight.shape[0]:
         raise ValueError(f"vocab_size is {vocab_size}; the model's head has {weight.shape[0]} ids")
     # Slicing is the mask: an id outside the tokenizer has no logit at all.
-    weight, bias = weight[:vocab], None if bias is None else bias[:vocab]
-    if hidden.shape[0] * vocab <= chunk_elements:
-        logprobs = (_linear(hidden, weight, bias) / temperature).log_softmax(-1)
+    width = 8 if weight.dtype == torch.float64 else 4
+    most = chunk_bytes or CHUNK_BYTES.get(hidden.device.type, CHUNK_BYTES["cpu"])
+    rows = max(1, most // (vocab * width))
+    if hidden.shape[0] <= rows:
+        logits = _linear(hidden, weight[:vocab], None if bias is None else bias[:vocab])
+        logprobs = (logits / temperature).log_softmax(-1)
         picked = logprobs.gather(1, targets[:, None]).squeeze(1)
         return picked, _entropy(logprobs) if entropy else None
-    rows = max(1, chunk_elements // vocab)
-    return _Chunked.apply(hidden, weight, bias, targets, temperature, rows, entropy)  # type: ignore[no-untyped-call,no-any-return]
+    # The whole weight, sliced inside: autograd would copy the gradient of a slice into one of the whole.
+    return _Chunked.apply(hidden, weight, bias, targets, temperature, rows, entropy, vocab)  # type: ignore[no-untyped-call,no-any-return]
 
 
 def logits_logprobs(
@@ -73,24 +79,34 @@ def _entropy(logprobs: Tensor) -> Tensor:
 
 
 class _Chunked(torch.autograd.Function):
-    """Logits in chunks of `rows` tokens, recomputed in the backward pass."""
+    """Logits in chunks of `rows` tokens over the first `vocab` ids, recomputed in the backward pass."""
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, temperature: float, rows: int, entropy: bool
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        temperature: float,
+        rows: int,
+        entropy: bool,
+        vocab: int,
     ) -> tuple[Tensor, Tensor | None]:
         device = hidden.device.type
         # backward runs outside autocast: remember the precision, so that both passes see the same logits
         ctx.dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
-        ctx.temperature, ctx.rows = temperature, rows
+        ctx.temperature, ctx.rows, ctx.vocab = temperature, rows, vocab
+        head, offset = _cast_head(ctx, weight, bias)
         picked, normalisers, entropies = [], [], []
         for i in range(0, len(targets), rows):
-            logits = _chunk_logits(ctx, hidden[i : i + rows], weight, bias)
+            logits = _chunk_logits(ctx, hidden[i : i + rows], head, offset)
             normaliser = logits.logsumexp(-1)
             picked.append(logits.gather(1, targets[i : i + rows, None]).squeeze(1) - normaliser)
             normalisers.append(normaliser)
             if entropy:
                 entropies.append(_entropy(logits - normaliser[:, None]))
+            del logits  # before the next ones are made
         spread = torch.cat(entropies) if entropy else None
         ctx.save_for_backward(hidden, weight, bias, targets, torch.cat(normalisers), spread)
         ctx.set_materialize_grads(False)
@@ -100,30 +116,29 @@ class _Chunked(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         grad, entropy_grad = grads
         hidden, weight, bias, targets, normalisers, spread = ctx.saved_tensors
+        head, offset = _cast_head(ctx, weight, bias)
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
         grad_weight = torch.zeros_like(weight, dtype=wide) if ctx.needs_input_grad[1] else None
         grad_bias = torch.zeros_like(bias, dtype=wide) if bias is not None and ctx.needs_input_grad[2] else None
         for i in range(0, len(targets), ctx.rows):
             part = slice(i, i + ctx.rows)
-            logprobs = _chunk_logits(ctx, hidden[part], weight, bias) - normalisers[part, None]
+            logprobs = _chunk_logits(ctx, hidden[part], head, offset).sub_(normalisers[part, None])
             g = _logit_gradient(logprobs, targets[part], _part(grad, part), _part(entropy_grad, part), _part(spread, part))
             g /= ctx.temperature
             if grad_bias is not None:
-                grad_bias += g.sum(0)
+                grad_bias[: ctx.vocab] += g.sum(0)
             g = g.to(ctx.dtype)
             if grad_hidden is not None:
-                grad_hidden[part] = g @ weight.to(ctx.dtype)
+                grad_hidden[part] = g @ head
             if grad_weight is not None:
-                grad_weight += g.T @ hidden[part].to(ctx.dtype)
+                grad_weight[: ctx.vocab] += g.T @ hidden[part].to(ctx.dtype)
+            del g
         return (
             grad_hidden,
             None if grad_weight is None else grad_weight.to(weight.dtype),
             None if grad_bias is None or bias is None else grad_bias.to(bias.dtype),
-            None,
-            None,
-            None,
-            None,
+            *[None] * 5,
         )
 
 
@@ -143,8 +158,13 @@ def _logit_gradient(logprobs: Tensor, targets: Tensor, grad: Tensor | None, entr
     return g if pull is None else g - pull
 
 
-def _chunk_logits(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _cast_head(ctx: Any, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias of the ids that count, in the precision that is computed in."""
+    head: Tensor = weight[: ctx.vocab].to(ctx.dtype)
+    return head, None if bias is None else bias[: ctx.vocab].to(ctx.dtype)
+
+
+def _chunk_logits(ctx: Any, hidden: Tensor, head: Tensor, bias: Tensor | None) -> Tensor:
     with torch.autocast(hidden.device.type, enabled=False):
-        cast = None if bias is None else bias.to(ctx.dtype)
-        logits: Tensor = _up(F.linear(hidden.to(ctx.dtype), weight.to(ctx.dtype), cast)) / ctx.temperature
+        logits: Tensor = _up(F.linear(hidden.to(ctx.dtype), head, bias)).div_(ctx.temperature)
     return logits

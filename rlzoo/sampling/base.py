@@ -75,6 +75,10 @@ class Sampler(Protocol):
     def leaves_per_tree(self) -> int:
         """Leaves of a full tree: the group size G of flat sampling."""
 
+    @property
+    def full_tree_tokens(self) -> int:
+        """Most tokens that a tree can consist of, its prompt left out."""
+
     def plant(self, builder: TreeBuilder, rng: np.random.Generator, progress: float) -> Growth:
         """A problem's tree, nothing sampled yet; `progress` is the share of the run that is done, for schedules."""
 

@@ -43,6 +43,10 @@ class Chains(SamplerOptions):
     def leaves_per_tree(self) -> int:
         return self.group_size
 
+    @property
+    def full_tree_tokens(self) -> int:
+        return self.group_size * self.max_response_tokens
+
     def plant(self, builder: TreeBuilder, rng: np.random.Generator, progress: float) -> _Group:
         return _Group(self)
 

@@ -77,6 +77,10 @@ class Nary(SamplerOptions):
     def leaves_per_tree(self) -> int:
         return int(self.branching**self.max_depth)
 
+    @property
+    def full_tree_tokens(self) -> int:
+        return sum(self.branching ** (level + 1) * tokens for level, tokens in enumerate(self.levels))
+
     def plant(self, builder: TreeBuilder, rng: np.random.Generator, progress: float) -> Growth:
         return _WholeAnswers(self, builder) if self.continuation else _Expansion(self, builder)
 

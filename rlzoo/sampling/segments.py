@@ -101,6 +101,12 @@ class Segments(SamplerOptions):
         return self.width
 
     @property
+    def full_tree_tokens(self) -> int:
+        """Without falling back; a cut path is continued for as many more tokens as it lost, at most `width` paths at a time."""
+        paths = [min(self.width, self.initial[-1] * int(self.branching[-1] ** level)) for level in range(self.depth)]
+        return sum(paths) * self.segment_tokens
+
+    @property
     def window(self) -> int:
         """Tokens between possible cuts."""
         return self.fallback_window or self.segment_tokens

@@ -17,6 +17,7 @@ from ..data.templates import render
 from ..rewards.reward import Grade, Reward
 from ..sampling.grow import Prompt, grow_iter
 from ..store.cost import Ledger
+from ..store.trees import TreeRecord
 from ..tree import Stop, Tree
 
 MAX_FAILED = 0.01  # share of leaves whose grading may fail before a run stops
@@ -30,6 +31,10 @@ class GradedTree:
     problem: Problem
     texts: tuple[str, ...]
     kinds: tuple[str, ...]
+
+    def record(self) -> TreeRecord:
+        """What is stored beside the tree."""
+        return TreeRecord(self.problem.id, self.problem.problem, self.problem.answer, self.kinds, self.texts)
 
 
 @dataclass(slots=True)
@@ -72,6 +77,11 @@ class Collector:
         after = self._backend.stats()
         batch.engine = {name: getattr(after, name) - getattr(before, name) for name in ("forwarded_tokens", "cached_tokens")}
         return batch
+
+    def probes(self) -> list[list[int]]:
+        """A few prompts as token ids, the same each time: what a proof of a sync samples from."""
+        problems = [problem for _, problem in ProblemStream(self._stream.problems, seed=0).take(4)]
+        return [render(self._template, problem, self._backend.tokenizer) for problem in problems]
 
     def _sample(self, count: int, step: int) -> list[GradedTree]:
         taken = self._stream.take(count)

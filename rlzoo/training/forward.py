@@ -43,7 +43,21 @@ class Head:
 
 
 def autocast(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager[Any]:
-    return nullcontext() if dtype is None else torch.autocast(device.type, dtype=dtype)
+    """Mixed precision; `dtype` None: none. Without torch's cache of cast weights, which would keep a copy of all of them to the end of
+    the pass: each is used once in it."""
+    return nullcontext() if dtype is None else torch.autocast(device.type, dtype=dtype, cache_enabled=False)
+
+
+def recompute_layers(model: nn.Module) -> None:
+    """Gradient checkpointing: in training, keep only the input of each layer and compute the rest again in the backward pass, which
+    `forward_of` has to surround too.
+
+    Raises:
+        ValueError: the model cannot.
+    """
+    if not getattr(model, "supports_gradient_checkpointing", False):
+        raise ValueError(f"{type(model).__name__} does not support gradient checkpointing; --update.gradient-checkpointing off trains it")
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
 
 
 def forward_of(model: nn.Module, layout: Layout) -> AbstractContextManager[None]:
@@ -66,7 +80,7 @@ def pack_logprobs(
         "use_cache": False,
     }
     if pack.attention is not None:
-        inputs[NAME] = AttentionTensors.of(pack.attention, device)
+        inputs[NAME] = AttentionTensors(pack.attention, device)
     source, targets = torch.as_tensor(pack.source, device=device), torch.as_tensor(pack.target_ids, device=device)
     if not head.plain:
         logits = model(**inputs).logits.flatten(0, 1)[source]

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from transformers import set_seed
 
+from ..backends.memory import free
 from ..backends.select import choose, open_backend
 from ..config import RunConfig, build
 from ..credit.base import Credit
@@ -22,7 +23,7 @@ from ..credit.whitening import unwhitened, whiten_trained
 from ..data.loading import load_problems
 from ..data.problems import Problem, checksum
 from ..data.stream import ProblemStream
-from ..data.templates import fitting, render
+from ..data.templates import fitting
 from ..errors import one_line
 from ..escape import visible
 from ..evaluation.rows import result_row
@@ -38,19 +39,22 @@ from ..store.environment import environment
 from ..store.files import locked, taken_back
 from ..store.runs import RunFolder
 from ..store.trackers import check_trackers, open_trackers
-from ..store.trees import TreeRecord, write_trees
+from ..store.trees import write_trees
 from ..tree import Float32
 from . import checkpoint
-from .collect import Batch, Collector, GradedTree, describe
+from .collect import Batch, Collector, describe
 from .dropout import switch_off_dropout
 from .exactness import exactness
+from .fitting import recomputes
+from .forward import recompute_layers
 from .interrupts import Interrupts
 from .measure import Measurer, final_suite
 from .models import LoadedModel, load_model, pick_device, weights_sha256
 from .optim import make_optimizer
 from .rates import refuse_embedded_rate
+from .retry import TokenBudget
 from .sync import Sync
-from .update import NonFiniteError, score, update
+from .update import NonFiniteError, credited, score, update
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,12 +151,15 @@ class Trainer:
             self.algorithm, self.backend, self.reward, self.stream, template=config.template, seed=config.seed, ledger=self.ledger
         )
         self.dev, _ = self._fitting(dev, "dev", config.evaluation.max_response_tokens, config.max_prompt_tokens)
-        self.sync = Sync(self.backend, self._probes(), config.backend.dtype, config.seed)
+        self.sync = Sync(self.backend, self.collector.probes(), config.backend.dtype, config.seed)
         self.measurer = Measurer(config, suite, self.backend, self.sync, self.reward, self.ledger, folder, self.progress)
         for name, testset in suite.items():
             self._fitting(testset, name, config.evaluation.max_response_tokens, 0)
         self.layout = self._layout(longest)
-        self.token_budget = config.update.token_budget
+        if recomputes(config, self.model, longest):  # after the engine and the reference were copied
+            recompute_layers(self.model)
+            self.progress.note("updates compute each layer's activations twice instead of keeping them (gradient checkpointing)")
+        self.token_budget = TokenBudget(config.update.token_budget, self.progress.note)
         restored = resume and self._restore()
         self.trackers = open_trackers(config.trackers, folder.path, config.to_dict(), after=self.step if restored else None)
 
@@ -206,7 +213,7 @@ class Trainer:
         saved.apply(self.model, self.optimizer)
         state = saved.state
         self.step, self.best, self.stream.cursor = saved.step, state["best"], state["cursor"]
-        self.sampled_tokens, self.token_budget = state["sampled_tokens"], state["token_budget"]
+        self.sampled_tokens, self.token_budget.tokens = state["sampled_tokens"], state["token_budget"]
         self.ledger.resume(state["ledger"])
         self.sync(self.model, self.step)
         return True
@@ -303,12 +310,11 @@ class Trainer:
             "token_budget": self.token_budget,
             "layout": self.layout,
             "autocast_dtype": torch.bfloat16 if self.config.trainer_dtype == "bfloat16" else None,
-            "message": self.progress.note,
         }
         self.backend.rest()
         if self.reference is not None:
             with self.ledger.phase("scoring"):
-                scores = score(self.reference, trees, **computation)
+                scores = score(self.reference, trees, only=credited(trees, credits), **computation)
                 trees = [replace(t, ref_logprobs=s) for t, s in zip(trees, scores, strict=True)]
         with self.ledger.phase("update"):
             metrics = update(
@@ -326,20 +332,14 @@ class Trainer:
                 max_mismatch_kl=self.config.max_mismatch_kl,
                 **computation,
             )
-        self.token_budget = int(metrics["token_budget"])  # smaller for good once memory ran out
         with self.ledger.phase("sync"):
             proof = self.sync(self.model, self.step + 1)
         row = {name if "/" in name else f"update/{name}": value for name, value in metrics.items()}
         return row | {"sync/probe_gap": proof.largest, "sync/probe_mean": proof.mean}, trained
 
-    def _probes(self) -> list[list[int]]:
-        """The same few prompts each time, so that a stale prefix cache would show."""
-        problems = [problem for _, problem in ProblemStream(self.stream.problems, seed=0).take(4)]
-        return [render(self.config.template, p, self.backend.tokenizer) for p in problems]
-
     def _store(self, batch: Batch, credits: Sequence[Credit]) -> None:
         given: list[Credit | None] = [*credits, *(None for _ in batch.dropped)]
-        write_trees(self.folder.trees_path(self.step), [g.tree for g in batch.all], given, [_record(g) for g in batch.all])
+        write_trees(self.folder.trees_path(self.step), [g.tree for g in batch.all], given, [g.record() for g in batch.all])
 
     def _measure_dev(self) -> dict[str, float]:
         result = self.measurer.dev(self.dev, step=self.step)
@@ -358,7 +358,7 @@ class Trainer:
                 "problems": self._checksums(),
                 "best": self.best,
                 "sampled_tokens": self.sampled_tokens,
-                "token_budget": self.token_budget,
+                "token_budget": self.token_budget.tokens,
                 "ledger": self.ledger.as_dict(),
             }
             checkpoint.save(self.folder.checkpoints, self.step, self.model, self.loaded.tokenizer, self.optimizer, state)
@@ -371,6 +371,9 @@ class Trainer:
             checkpoint.save_model(self.folder.final, self.model, self.loaded.tokenizer)
         training = self.ledger.as_dict()
         self.progress.close()
+        self.optimizer.state.clear()  # the weights are saved, nothing is trained any more
+        self.reference = None
+        free()
         results, described = self.measurer.final(self.model), self.measurer.described()
         summary = result_row(
             kind="run",
@@ -407,11 +410,6 @@ class Trainer:
         self.reward.close()
         self.trackers.close()
         self.backend.close()
-
-
-def _record(graded: GradedTree) -> TreeRecord:
-    problem = graded.problem
-    return TreeRecord(problem.id, problem.problem, problem.answer, graded.kinds, graded.texts)
 
 
 __all__ = ["Run", "Trainer", "run"]

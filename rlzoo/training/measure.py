@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..backends.protocol import Backend
+from ..backends.weights import copy_weights
 from ..config import RunConfig
 from ..data.problems import Problem
 from ..evaluation.rows import Protocol, describe_sets, engine_name
@@ -101,7 +102,7 @@ class Measurer:
     def final(self, model: Any) -> dict[str, dict[str, SetResult]]:
         """{"base": ..., "trained": ...}: both models on the suite, k samples and greedy; {} without a suite.
 
-        The engine holds the base's weights afterwards.
+        `model` and the engine hold the base's weights afterwards: its module is used for both, so that a device never holds two.
         """
         if not self.suite:
             return {}
@@ -109,8 +110,8 @@ class Measurer:
         self._take_over(model, -1)
         trained = self._evaluate(self.suite, k=self._config.evaluation.k, greedy=True, name="trained")
         self._progress.note("measuring the base model")
-        options = self._config.backend
-        self._take_over(load_model(self._config.model, dtype=options.dtype, device=options.device).model, -2)
+        copy_weights(model, load_model(self._config.model, dtype=self._config.master_dtype, device="cpu").model.named_parameters())
+        self._take_over(model, -2)
         base = self._evaluate(self.suite, k=self._config.evaluation.k, greedy=True, name="base")
         return {"base": base, "trained": trained}
 

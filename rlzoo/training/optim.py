@@ -61,7 +61,8 @@ class Optim:
 
 
 def make_optimizer(model: nn.Module, optim: Optim) -> torch.optim.AdamW:
-    """AdamW over the trainable parameters; no weight decay on norms and biases (parameters of one dimension)."""
+    """AdamW over the trainable parameters; no weight decay on norms and biases (parameters of one dimension). On a GPU in one kernel,
+    which needs no memory beside the moments."""
     import torch
 
     trainable = [p for p in model.parameters() if p.requires_grad]
@@ -69,4 +70,23 @@ def make_optimizer(model: nn.Module, optim: Optim) -> torch.optim.AdamW:
         {"params": [p for p in trainable if p.ndim > 1], "weight_decay": optim.weight_decay},
         {"params": [p for p in trainable if p.ndim <= 1], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=optim.lr, betas=(optim.beta1, optim.beta2))
+    fused = True if all(p.is_cuda for p in trainable) else None
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=optim.lr, betas=(optim.beta1, optim.beta2), fused=fused)
+
+
+def allocate_moments(optimizer: torch.optim.Optimizer) -> None:
+    """Make the moments that AdamW would make in its first step, so that memory runs out before a step and not in it. Other optimisers
+    are left alone.
+
+    Raises:
+        torch.OutOfMemoryError or RuntimeError: no memory for them; those that were made stay.
+    """
+    import torch
+
+    if not isinstance(optimizer, torch.optim.AdamW):
+        return
+    for group in optimizer.param_groups:
+        for p in (p for p in group["params"] if p.requires_grad and not optimizer.state[p]):
+            moments = {name: torch.zeros_like(p, memory_format=torch.preserve_format) for name in ("exp_avg", "exp_avg_sq")}
+            step = torch.zeros((), device=p.device) if group["fused"] else torch.tensor(0.0)
+            optimizer.state[p] = {"step": step, **moments}

@@ -7,16 +7,19 @@ saves, and softmax runs over exactly the keys of the path, in path order.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import AttentionInterface
 
+from .attention_forms import aligned, attend, form_on
 from .packing import Attention, Group
 
 NAME = "rlzoo_tree"
@@ -25,7 +28,7 @@ REFUSED = ("softcap", "s_aux", "position_bias")  # what some models pass to atte
 
 @dataclass(frozen=True, eq=False)
 class _GroupTensors:
-    """`queries` [rows · q], `keys` [rows · k], `mask` bool [rows or 1, 1, q, k], or None for plain causal."""
+    """`queries` [rows · q], `keys` [rows · k], `mask` bool [rows or 1, 1, q, k], or None for causal from the lower right."""
 
     rows: int
     queries: Tensor
@@ -34,30 +37,42 @@ class _GroupTensors:
 
 
 @dataclass(frozen=True, eq=False)
-class AttentionTensors:
-    """An `Attention` on a device, made once per pack and used by every layer."""
-
+class _Plan:
     groups: list[_GroupTensors]
     place: Tensor
 
-    @classmethod
-    def of(cls, attention: Attention, device: torch.device) -> AttentionTensors:
+
+class AttentionTensors:
+    """An `Attention` on a device, made once per pack and used by every layer, in the form that the device has kernels for."""
+
+    def __init__(self, attention: Attention, device: torch.device) -> None:
+        self._attention, self._device = attention, device
+
+    @cached_property
+    def masked(self) -> _Plan:
+        return self._plan(self._attention, [_mask(g, self._device) for g in self._attention.groups])
+
+    @cached_property
+    def aligned(self) -> _Plan:
+        attention = aligned(self._attention)
+        return self._plan(attention, [None] * len(attention.groups))
+
+    def _plan(self, attention: Attention, masks: Sequence[Tensor | None]) -> _Plan:
+        def on(values: NDArray[np.int64]) -> Tensor:
+            return torch.as_tensor(values, device=self._device)
+
         groups = [
-            _GroupTensors(len(g.queries), _on(g.queries.ravel(), device), _on(g.keys.ravel(), device), _mask(g, device))
-            for g in attention.groups
+            _GroupTensors(len(g.queries), on(g.queries.ravel()), on(g.keys.ravel()), mask)
+            for g, mask in zip(attention.groups, masks, strict=True)
         ]
-        return cls(groups, _on(attention.place, device))
-
-
-def _on(values: Any, device: torch.device) -> Tensor:
-    return torch.as_tensor(values, device=device)
+        return _Plan(groups, on(attention.place))
 
 
 def _mask(group: Group, device: torch.device) -> Tensor | None:
     offset = group.offset[:1] if (group.offset == group.offset[0]).all() else group.offset
     if group.queries.shape[1] == group.keys.shape[1] and not offset.any():
         return None
-    last = _on(offset, device)[:, None] + torch.arange(group.queries.shape[1], device=device)
+    last = torch.as_tensor(offset, device=device)[:, None] + torch.arange(group.queries.shape[1], device=device)
     return (torch.arange(group.keys.shape[1], device=device) <= last[:, :, None])[:, None]
 
 
@@ -77,19 +92,19 @@ def tree_attention(
     refused = [k for k in REFUSED if kwargs.get(k) is not None]
     if rlzoo_tree is None or refused:
         raise NotImplementedError(f"packed attention does not compute {refused or 'a pass without its plan'}")
+    if torch.is_autocast_enabled(query.device.type) and query.dtype != torch.float64:  # before the gather, which then copies half as much
+        query, key, value = (x.to(torch.get_autocast_dtype(query.device.type)) for x in (query, key, value))
+    form = form_on(query.device, query.dtype, query.shape[1], key.shape[1], query.shape[3])
+    plan = rlzoo_tree.masked if form == "masked" else rlzoo_tree.aligned
     queries, keys, values = (x[0].transpose(0, 1) for x in (query, key, value))  # [slots, heads, d]
-    shared = query.shape[1] != key.shape[1]
     outputs = []
-    for group in rlzoo_tree.groups:
+    for group in plan.groups:
         q, k, v = (
             x.index_select(0, index).view(group.rows, -1, *x.shape[1:]).transpose(1, 2)
             for x, index in ((queries, group.queries), (keys, group.keys), (values, group.keys))
         )
-        out = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=group.mask, dropout_p=dropout, scale=scaling, is_causal=group.mask is None, enable_gqa=shared
-        )
-        outputs.append(out.transpose(1, 2).flatten(0, 1))
-    return torch.cat(outputs).index_select(0, rlzoo_tree.place)[None], None
+        outputs.append(attend(form, q, k, v, group.mask, dropout=dropout, scale=scaling).transpose(1, 2).flatten(0, 1))
+    return torch.cat(outputs).index_select(0, plan.place)[None], None
 
 
 AttentionInterface.register(NAME, tree_attention)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -20,14 +19,19 @@ from ..losses.correction import Corrected, CorrectionOptions, correct, log_ratio
 from ..losses.policy import PolicyLoss, TokenBatch
 from ..tree import ROOT, Float32, Float64, Int64, Tree
 from .forward import Head, autocast, forward_of, pack_logprobs
+from .optim import allocate_moments
 from .packing import Bool, Pack, PackStats, pack
+from .retry import TokenBudget
 from .rows import Layout
 
 log = logging.getLogger(__name__)
 
 NO_CORRECTION = CorrectionOptions()
-MIN_TOKEN_BUDGET = 256
 DEFAULT_TOKEN_BUDGET = 8192  # on a CPU, larger packs fall out of its caches: 16384 took 8 % longer on a 0.8 M model
+
+
+class BrokenStepError(RuntimeError):
+    """An optimiser step that failed after it had changed some of the weights."""
 
 
 class NonFiniteError(RuntimeError):
@@ -138,7 +142,7 @@ def update(
     *,
     temperature: float = 1.0,
     vocab_size: int | None = None,
-    token_budget: int = DEFAULT_TOKEN_BUDGET,
+    token_budget: int | TokenBudget = DEFAULT_TOKEN_BUDGET,
     layout: Layout = "packed",
     correction: CorrectionOptions = NO_CORRECTION,
     max_mismatch_kl: float = 0.0,
@@ -157,9 +161,8 @@ def update(
     equal numbers of trees, the same in every epoch. `correction`: which old log-probs, and what is done where sampler and trainer
     differ (auto: corrected under autocast); `max_mismatch_kl`: how far they may (k3; 0: any). `rate`: the learning rate of the
     n-th of these optimiser steps (from 0), where one that has nothing to train keeps its number. `finish`: from the credits that masks
-    have left and the old log-probs to the credits that are trained on.
-    Out of memory halves the token budget, says so through `message` and
-    repeats the mini-batch from zeroed gradients; the budget left is returned as `token_budget`.
+    have left and the old log-probs to the credits that are trained on. Out of memory halves the token budget, says so through
+    `message` and repeats the mini-batch, optimiser step included, from zeroed gradients; the budget left is returned as `token_budget`.
 
     Returns means over optimiser steps: loss, grad_norm, ratio_mean, ratio_p99, log_ratio_max, clip_low_fraction,
     clip_high_fraction (of trained tokens), kl_old (k1), kl_old_k3, kl_ref (if there is a reference), entropy (on request);
@@ -171,16 +174,18 @@ def update(
         NonFiniteError: a loss or gradient norm is not finite; the weights are as after the last step.
         MismatchError: sampler and trainer are further apart than `max_mismatch_kl`; the weights are as before.
         ValueError: credits do not fit the trees, reference log-probs are missing, options out of range.
+        BrokenStepError: the optimiser failed with some weights changed.
         torch.OutOfMemoryError or RuntimeError: out of memory at the smallest token budget.
     """
     if mini_batches < 1 or epochs < 1:
         raise ValueError(f"mini_batches is {mini_batches} and epochs is {epochs}; both must be at least 1")
-    options = ForwardOptions(temperature, vocab_size, token_budget, layout, autocast_dtype, entropy or "entropy" in loss.needs)
+    budget = token_budget if isinstance(token_budget, TokenBudget) else TokenBudget(token_budget, message)
+    options = ForwardOptions(temperature, vocab_size, budget.tokens, layout, autocast_dtype, entropy or "entropy" in loss.needs)
     if len(trees) != len(credits):
         raise ValueError(f"{len(trees)} trees but {len(credits)} credits")
     head, was_training = Head.of(model), model.training
     correction = correction.chosen(rough=autocast_dtype is not None)
-    old, corrected, measured = _before(model, trees, credits, correction, max_mismatch_kl, options)
+    old, corrected, measured = _before(model, trees, credits, correction, max_mismatch_kl, options, budget)
     final = corrected.credits if finish is None else finish(corrected.credits, old)
     everything, counts = aggregate(trees, final, "token_mean", old_logprobs=old)
     if counts.dropped and not counts.terms:
@@ -202,19 +207,28 @@ def update(
                 )
                 if corrected.importance is not None:
                     weights = [w.scaled(corrected.importance[i]) for w, i in zip(weights, part, strict=True)]
-                result, options = _with_retry(model, optimizer, some, weights, some_old, loss, options, head, message)
-                if measured is None:  # old are the sampler's log-probs, and no update has been made yet
-                    measured = mismatch(_once(result))
-                    refuse_drift(measured, max_mismatch_kl)
                 if rate is not None:
                     for group in optimizer.param_groups:
                         group["lr"] = rate(epoch * mini_batches + number)
-                norm = _step(result.loss, parameters, optimizer, max_grad_norm, where)
+
+                def attempt(
+                    tokens: int, part: Sequence[Tree] = some, weights: Any = weights, old: Any = some_old, where: str = where
+                ) -> tuple[Gradients, float]:
+                    nonlocal measured
+                    optimizer.zero_grad(set_to_none=True)
+                    allocate_moments(optimizer)
+                    result = gradients(model, part, weights, old, loss, replace(options, token_budget=tokens), head=head)
+                    if measured is None:  # old are the sampler's log-probs, and no update has been made yet
+                        measured = mismatch(_once(result))
+                        refuse_drift(measured, max_mismatch_kl)
+                    return result, _step(result.loss, parameters, optimizer, max_grad_norm, where)
+
+                result, norm = budget.run(attempt)
                 steps.append(_metrics(result, loss, counts) | {"grad_norm": norm})
     finally:
         model.train(was_training)
     report = (measured or {}) | {"masked_rows": float(corrected.masked_rows), "truncated_tokens": float(corrected.truncated_tokens)}
-    return _summary(steps) | {"token_budget": float(options.token_budget)} | {f"mismatch/{k}": v for k, v in report.items()}
+    return _summary(steps) | {"token_budget": float(budget.tokens)} | {f"mismatch/{k}": v for k, v in report.items()}
 
 
 def score(
@@ -223,7 +237,7 @@ def score(
     *,
     temperature: float = 1.0,
     vocab_size: int | None = None,
-    token_budget: int = DEFAULT_TOKEN_BUDGET,
+    token_budget: int | TokenBudget = DEFAULT_TOKEN_BUDGET,
     layout: Layout = "packed",
     autocast_dtype: torch.dtype | None = None,
     only: Sequence[Bool] | None = None,
@@ -231,27 +245,32 @@ def score(
 ) -> list[Float32]:
     """Teacher-forced log-probs float32 [tokens] per tree, each token forwarded as rarely as packing allows; NaN for the
     prompt. `only` (bool [tokens] per tree) leaves the other tokens NaN and uncomputed. Runs in eval mode, without gradient.
-    Out of memory halves the token budget, as in `update`."""
+    Out of memory halves the token budget, as in `update`; a TokenBudget remembers it."""
     wanted = [np.arange(len(t.tokens)) >= t.lengths[ROOT] for t in trees] if only is None else only
     head, was_training = Head.of(model), model.training
     device = next(model.parameters()).device
     bounds = np.cumsum([0, *(len(t.tokens) for t in trees)])
     flat = np.full(int(bounds[-1]), np.nan, np.float32)
+    budget = token_budget if isinstance(token_budget, TokenBudget) else TokenBudget(token_budget, message)
+
+    def attempt(tokens: int) -> None:
+        for p in pack(trees, wanted, tokens, layout=layout)[0]:
+            with torch.no_grad(), forward_of(model, layout), autocast(device, autocast_dtype):
+                values, _ = pack_logprobs(model, p, head, temperature=temperature, vocab_size=vocab_size)
+            flat[p.target] = values.float().cpu().numpy()
+
     model.eval()
     try:
-        while True:
-            try:
-                for p in pack(trees, wanted, token_budget, layout=layout)[0]:
-                    with torch.no_grad(), forward_of(model, layout), autocast(device, autocast_dtype):
-                        values, _ = pack_logprobs(model, p, head, temperature=temperature, vocab_size=vocab_size)
-                    flat[p.target] = values.float().cpu().numpy()
-                break
-            except RuntimeError as error:
-                token_budget = _smaller(token_budget, error, message)
-            _free()
+        budget.run(attempt)
     finally:
         model.train(was_training)
     return [flat[a:b] for a, b in pairwise(bounds)]
+
+
+def credited(trees: Sequence[Tree], credits: Sequence[Credit]) -> list[Bool]:
+    """The tokens that credit reaches, bool [tokens] per tree: all that can be trained on."""
+    known = [np.zeros(len(t.tokens), np.float32) for t in trees]  # no token is dropped for want of an old log-prob
+    return [w.weight > 0 for w in aggregate(trees, credits, "token_mean", old_logprobs=known)[0]]
 
 
 def _before(
@@ -261,19 +280,19 @@ def _before(
     correction: CorrectionOptions,
     max_mismatch_kl: float,
     options: ForwardOptions,
+    budget: TokenBudget,
 ) -> tuple[list[Float32], Corrected, dict[str, float] | None]:
     """Old log-probs, correction and, if the trainer's log-probs had to be computed for them, the mismatch."""
     sampled = [t.logprobs for t in trees]
     if not correction.scored:
         return sampled, Corrected(credits), None
-    known = [np.zeros(len(t.tokens), np.float32) for t in trees]  # nothing is dropped before it is computed
-    wanted = [w.weight > 0 for w in aggregate(trees, credits, "token_mean", old_logprobs=known)[0]]
+    wanted = credited(trees, credits)
     scores = score(
         model,
         trees,
         temperature=options.temperature,
         vocab_size=options.vocab_size,
-        token_budget=options.token_budget,
+        token_budget=budget,
         layout=options.layout,
         autocast_dtype=options.autocast_dtype,
         only=wanted,
@@ -295,42 +314,6 @@ def _once(result: Gradients) -> Float64:
     return result.log_ratio[np.unique(result.target, return_index=True)[1]]
 
 
-def _with_retry(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    trees: Sequence[Tree],
-    weights: Sequence[TokenWeights],
-    old: Sequence[Float32],
-    loss: PolicyLoss,
-    options: ForwardOptions,
-    head: Head,
-    message: Callable[[str], None],
-) -> tuple[Gradients, ForwardOptions]:
-    while True:
-        optimizer.zero_grad(set_to_none=True)
-        try:
-            return gradients(model, trees, weights, old, loss, options, head=head), options
-        except RuntimeError as error:
-            options = replace(options, token_budget=_smaller(options.token_budget, error, message))
-        _free()  # outside the handler: the traceback held the pack's tensors
-
-
-def _smaller(token_budget: int, error: RuntimeError, message: Callable[[str], None]) -> int:
-    """Half the budget after running out of memory; any other error, or one at the floor, goes on upwards."""
-    text = str(error).lower()
-    out = isinstance(error, torch.OutOfMemoryError) or "not enough memory" in text or "can't allocate memory" in text
-    if not out or token_budget // 2 < MIN_TOKEN_BUDGET:
-        raise error
-    message(f"out of memory at a token budget of {token_budget}; going on with {token_budget // 2}")
-    return token_budget // 2
-
-
-def _free() -> None:
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
 def _step(
     loss: float, parameters: Sequence[torch.Tensor], optimizer: torch.optim.Optimizer, max_grad_norm: float | None, where: str
 ) -> float:
@@ -338,7 +321,15 @@ def _step(
     if not (np.isfinite(loss) and np.isfinite(norm)):
         optimizer.zero_grad(set_to_none=True)
         raise NonFiniteError(f"loss {loss} and gradient norm {norm} in {where}: both must be finite; no step was taken on them")
-    optimizer.step()
+    held = [*parameters, *(t for state in optimizer.state.values() for t in state.values() if isinstance(t, torch.Tensor))]
+    versions = [t._version for t in held]
+    try:
+        optimizer.step()
+    except (RuntimeError, MemoryError) as error:
+        if any(t._version != version for t, version in zip(held, versions, strict=True)):  # it cannot be repeated
+            what = f"the optimiser broke off in a step with some weights changed ({type(error).__name__})"
+            raise BrokenStepError(f"{what} in {where}") from error
+        raise
     optimizer.zero_grad(set_to_none=True)
     return norm
 

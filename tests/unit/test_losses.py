@@ -193,8 +193,8 @@ def test_chunked_logprobs_and_gradients_equal_plain_ones(vocab_size, with_bias):
     grads = torch.autograd.grad(expected[range(17), targets] @ pull, leaves, retain_graph=True)
     finite = expected if vocab_size is None else expected[:, :vocab_size]  # the entropy written out, over the ids that there are
     entropy_grads = torch.autograd.grad(-(finite.exp() * finite).sum(-1) @ pull, leaves)
-    for chunk in (1, 13 * 4, 13 * 16, 10**6):
-        options = {"bias": bias, "temperature": 0.7, "vocab_size": vocab_size, "chunk_elements": chunk, "entropy": True}
+    for chunk in (1, 13 * 4 * 8, 13 * 16 * 8, 10**6):
+        options = {"bias": bias, "temperature": 0.7, "vocab_size": vocab_size, "chunk_bytes": chunk, "entropy": True}
         logprobs, entropy = token_logprobs(hidden, weight, targets, **options)
         torch.testing.assert_close(logprobs, expected[range(17), targets], rtol=0, atol=1e-12)
         torch.testing.assert_close(entropy, spread, rtol=0, atol=1e-12)
@@ -211,9 +211,9 @@ def test_chunked_logprobs_under_autocast_equal_unchunked_ones():
     torch.manual_seed(0)
     hidden, weight = torch.randn(64, 32, requires_grad=True), torch.randn(50, 32, requires_grad=True)
     targets, found = torch.randint(0, 50, (64,)), []
-    for chunk in (100, 10**6):
+    for chunk in (400, 10**6):
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            logprobs, _ = token_logprobs(hidden, weight, targets, chunk_elements=chunk)
+            logprobs, _ = token_logprobs(hidden, weight, targets, chunk_bytes=chunk)
         assert logprobs.dtype == torch.float32
         found.append((logprobs, *torch.autograd.grad(logprobs.sum(), [hidden, weight])))
     torch.testing.assert_close(found[0][0], found[1][0], rtol=1e-5, atol=1e-5)
