@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from . import registry
 from .credit.base import CreditFunction
 from .credit.filters import GroupFilter
 from .losses.policy import PolicyLoss
+from .options import Count, CountOrOff, NotNegative, Options, check
 from .rewards.shaping import Outcome
 from .sampling.base import Sampler
 from .training.optim import Optim
@@ -19,27 +19,27 @@ PARTS = ("sampler", "shaping", "filter", "credit", "loss", "optim", "schedule")
 
 
 @dataclass(frozen=True)
-class Schedule:
+class Schedule(Options):
     """How many problems, how often."""
 
-    steps: int = 60
+    section: ClassVar[str] = "schedule"
+
+    steps: CountOrOff = 60
     """Sampling steps of a run; runs are fixed in steps, never in seconds."""
-    problems_per_step: int = 32
+    problems_per_step: Count = 32
     """Trees trained on per step (fewer if groups are dropped and not refilled)."""
-    mini_batches: int = 1
+    mini_batches: Count = 1
     """Optimiser updates per pass over a step's trees."""
-    epochs: int = 1
+    epochs: Count = 1
     """Passes over a step's trees."""
     limit: Literal["none", "tokens", "trained-tokens", "device-hours"] = "none"
     """What `budget` counts: sampled tokens, tokens of the updates' rows, or device-hours of training with its dev evaluations."""
-    budget: float = 0.0
+    budget: NotNegative = 0.0
     """The run ends after the step that reaches it, at the latest after `steps`, which the learning rate goes by all the same."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "problems_per_step", "mini_batches", "epochs"):
-            if (value := getattr(self, name)) < (0 if name == "steps" else 1):
-                raise ValueError(f"schedule.{name} = {value} is too small")
-        if (self.limit == "none") != (self.budget == 0) or not 0 <= self.budget < math.inf:
+        super().__post_init__()
+        if (self.limit == "none") != (self.budget == 0):
             raise ValueError(f"schedule.budget = {self.budget:g} with limit {self.limit!r}; a limit needs a budget above 0, none needs 0")
 
 
@@ -62,6 +62,9 @@ class Algorithm:
     schedule: Schedule = field(default_factory=Schedule)
 
     def __post_init__(self) -> None:
+        for section in PARTS:
+            check(getattr(self, section), section)
+        self._refuse_lone_responses()
         provided = self.sampler.provides | self.shaping.provides | {"ref_logprobs", "entropy"}
         for part, need in ((self.credit, self.credit.needs), (self.loss, self.loss.needs)):
             for missing in sorted(need - provided):
@@ -82,6 +85,16 @@ class Algorithm:
             )
         if sampling.temperature <= 0:
             raise ValueError(f"sampler.temperature = {sampling.temperature}; training needs a temperature above 0")
+
+    def _refuse_lone_responses(self) -> None:
+        """One response per problem has no siblings to be compared with, and is all right or all wrong."""
+        if self.sampler.leaves_per_tree > 1:
+            return
+        lone = f"sampler {self.sampler.name} gives one response per problem"
+        if "siblings" in self.credit.needs:
+            raise ValueError(f"{lone}, and credit {self.credit.name} compares the responses of a problem; sample at least 2")
+        if self.filter.drop_dead:
+            raise ValueError(f"{lone}, and filter.drop_dead drops all problems whose responses are alike; sample at least 2")
 
     @property
     def title(self) -> str:

@@ -3,61 +3,58 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.resources import files
 from pathlib import Path
-from types import NoneType
-from typing import Any, Literal, get_args, get_type_hints
-
-import cattrs
+from typing import Annotated, Any, ClassVar, Literal
 
 from . import registry
 from .algorithm import PARTS, Algorithm
+from .backends.protocol import Temperature
 from .losses.correction import CorrectionOptions
+from .options import NONE, Count, CountOrOff, NotNegative, Options, Seed, Within, allow, converted, hints, short
+from .sampling.base import MOST_LEAVES
+from .store.files import read_text
+from .store.toml import parse_toml
 
 PLUGGABLE = ("sampler", "credit", "loss")  # parts that can be exchanged for another by name
-NONE = "none"  # how a file says that an optional option has no value: TOML has no word for it
 
 
 @dataclass(frozen=True)
-class BackendOptions:
+class BackendOptions(Options):
     """The engine that samples."""
+
+    section: ClassVar[str] = "backend"
 
     kind: str = "auto"
     """torch, vllm, or auto: vllm on a GPU where it is installed and fits, else torch."""
-    capacity: int = 256
+    capacity: Count = 256
     """Paths decoded at once, at most: the torch engine halves it when memory runs out, or would for the longest paths asked for."""
     dtype: Literal["float32", "float64", "bfloat16"] = "float32"
     """Precision of the engine, which samples with its own copy of the weights."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, ..."""
-    threads: int = 0
+    threads: CountOrOff = 0
     """CPU threads; 0 uses all cores."""
-    max_context: int = 0
+    max_context: CountOrOff = 0
     """Longest prompt + response in tokens; 0 takes the model's own limit."""
-    memory: float = 0.4
+    memory: Annotated[float, Within(0, 1, above=True)] = 0.4
     """Share of the GPU's memory for vLLM."""
     sleep: bool = False
     """vLLM gives that memory back during updates."""
-    timeout_s: float = 45.0
+    timeout_s: Annotated[float, Within(0, 1e6, above=True)] = 45.0
     """Longest wait for an answer of vLLM or a server, seconds; what is under way then ends, and can be resumed."""
-
-    def __post_init__(self) -> None:
-        _at_least("backend", self, capacity=1, threads=0, max_context=0)
-        if not 0 < self.memory <= 1:
-            raise ValueError(f"backend.memory is {self.memory}; allowed is 0 < memory <= 1")
-        if not 0 < self.timeout_s < float("inf"):
-            raise ValueError(f"backend.timeout_s is {self.timeout_s}; it must be a positive number of seconds")
 
 
 @dataclass(frozen=True)
-class UpdateOptions:
+class UpdateOptions(Options):
     """How an update is computed. But for the rounding of `dtype`, none of it changes what is computed."""
 
-    token_budget: int = 8192
+    section: ClassVar[str] = "update"
+
+    token_budget: Count = 8192
     """Tokens forwarded at once; halved with a message when memory runs out."""
     layout: Literal["packed", "unrolled"] = "packed"
     """packed computes shared prefixes once per row; unrolled gives every response its own row."""
@@ -68,58 +65,47 @@ class UpdateOptions:
     """on keeps only the input of each layer and computes the rest again in the backward pass; auto does so where the GPU's memory would
     not hold the update otherwise."""
 
-    def __post_init__(self) -> None:
-        _at_least("update", self, token_budget=1)
-
 
 @dataclass(frozen=True)
-class EvaluationOptions:
+class EvaluationOptions(Options):
     """What is measured, and when."""
+
+    section: ClassVar[str] = "evaluation"
 
     suite: str = "mini"
     """Suite for the final table; "none" skips it."""
     data_dir: str = ""
     """Folder with its test sets as local files; without it they are made or downloaded."""
-    k: int = 16
+    k: Annotated[int, Within(1, MOST_LEAVES)] = 16
     """Sampled responses per problem."""
-    temperature: float = 1.0
+    temperature: Temperature = 1.0
     """Temperature of those and of the dev responses; the greedy response beside them does not go by it."""
     dev: str = "arithmetic:dev"
     """Problem set watched during training (and the only one to choose defaults on)."""
-    dev_problems: int = 96
+    dev_problems: Count = 96
     """Problems of it that are used."""
-    dev_k: int = 4
+    dev_k: Annotated[int, Within(1, MOST_LEAVES)] = 4
     """Responses per dev problem."""
-    every: int = 10
+    every: CountOrOff = 10
     """Steps between dev evaluations; 0 never."""
-    max_response_tokens: int = 256
+    max_response_tokens: Count = 256
     """Longest response when measuring, the same for every algorithm."""
 
-    def __post_init__(self) -> None:
-        _at_least("evaluation", self, k=1, dev_problems=1, dev_k=1, every=0, max_response_tokens=1)
-        if not 0 < self.temperature < math.inf:
-            raise ValueError(f"evaluation.temperature is {self.temperature}; it must be a finite number above 0")
-
 
 @dataclass(frozen=True)
-class CheckpointOptions:
-    every: int = 20
+class CheckpointOptions(Options):
+    """What is kept of a model while it trains."""
+
+    section: ClassVar[str] = "checkpoints"
+
+    every: CountOrOff = 20
     """Steps between checkpoints; 0 only the best and the last."""
-    last: int = 2
+    last: Count = 2
     """How many of the newest to keep beside the best."""
 
-    def __post_init__(self) -> None:
-        _at_least("checkpoints", self, every=0, last=1)
-
-
-def _at_least(section: str, options: Any, **least: int) -> None:
-    for name, bound in least.items():
-        if (value := getattr(options, name)) < bound:
-            raise ValueError(f"{section}.{name} is {value}; it must be at least {bound}")
-
 
 @dataclass(frozen=True)
-class RunConfig:
+class RunConfig(Options):
     """Everything that decides what a run does."""
 
     algo: str
@@ -128,15 +114,15 @@ class RunConfig:
     """The embedded model, a local folder, or a hub id."""
     problems: str = "arithmetic:train"
     """The embedded task, a JSONL or Parquet file, or a hub data set."""
-    max_prompt_tokens: int = 0
+    max_prompt_tokens: CountOrOff = 0
     """Training and dev problems with longer prompts are left out, with a line that says how many; 0 leaves none out, and one whose
     prompt does not fit the model's context refuses the run."""
     template: str = "plain"
     """Prompt template: plain, qwen-boxed, chat, or package.module:function."""
     reward: str = "math"
     """math, or package.module:function taking [(problem, response text)] and returning verdicts or numbers."""
-    seed: int = 0
-    max_mismatch_kl: float = 0.0
+    seed: Seed = 0
+    max_mismatch_kl: NotNegative = 0.0
     """The run stops before the update of a step in which KL(sampler || trainer) is larger; 0 allows any."""
     trackers: tuple[str, ...] = ("tensorboard",)
     """tensorboard, wandb, trackio, mlflow; none for none."""
@@ -147,13 +133,6 @@ class RunConfig:
     checkpoints: CheckpointOptions = field(default_factory=CheckpointOptions)
     given: frozenset[str] = field(default=frozenset(), compare=False, repr=False)
     """Dotted names of the options that a preset, file, table or flag gave; the others have their defaults. Not an option itself."""
-
-    def __post_init__(self) -> None:
-        for name in ("seed", "max_prompt_tokens"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 0")
-        if not 0 <= self.max_mismatch_kl < math.inf:
-            raise ValueError(f"max_mismatch_kl is {self.max_mismatch_kl}; it must be finite, at least 0 (0 allows any)")
 
     @property
     def trainer_dtype(self) -> str:
@@ -230,14 +209,9 @@ def read_toml(path: str | Path) -> dict[str, Any]:
     """A TOML file as tables.
 
     Raises:
-        ValueError: missing or broken file.
+        ValueError: the file is missing, or not TOML.
     """
-    try:
-        return tomllib.loads(Path(path).read_text())
-    except OSError as error:
-        raise ValueError(f"cannot read config {path}: {error.strerror}") from error
-    except tomllib.TOMLDecodeError as error:
-        raise ValueError(f"{path} is not TOML: {error}") from error
+    return parse_toml(read_text(Path(path)), str(path))
 
 
 def presets() -> list[str]:
@@ -258,15 +232,24 @@ def read_preset(name: str) -> dict[str, Any]:
 
 
 def chosen_names(layers: Sequence[tuple[str, Mapping[str, Any]]]) -> dict[str, str]:
-    """Names of the algorithm and its exchangeable parts that the layers choose, later ones winning."""
+    """Names of the algorithm and its exchangeable parts that the layers choose, later ones winning.
+
+    Raises:
+        ValueError: something else stands where a name belongs.
+    """
     chosen: dict[str, str] = {}
-    for _, tables in layers:
+    for origin, tables in layers:
         if "algo" in tables:
-            chosen["algo"] = tables["algo"]
+            chosen["algo"] = _name(tables["algo"], f"{origin}: algo")
         for part in PLUGGABLE:
             if isinstance(tables.get(part), Mapping) and "name" in tables[part]:
-                chosen[part] = tables[part]["name"]
+                chosen[part] = _name(tables[part]["name"], f"{origin}: {part}.name")
     return chosen
+
+
+def _name(value: Any, where: str) -> str:
+    allow(value, str, where)
+    return str(value)
 
 
 def to_plain(value: Any) -> Any:
@@ -282,7 +265,7 @@ def _merge(values: Mapping[str, Any], key: str, value: Any, origin: str, owner: 
         raise ValueError(f"{origin}: unknown key {key!r}; allowed: {', '.join(values)}")
     old = values[key]
     if not dataclasses.is_dataclass(old):
-        return _convert(value, get_type_hints(owner)[key], f"{origin}: {key}")
+        return _converted(value, hints(owner)[key], f"{origin}: {key}")
     if isinstance(value, Mapping) and key in PLUGGABLE:
         value = {k: v for k, v in value.items() if k != "name"}
     return overlay(old, value, origin, key)
@@ -295,39 +278,23 @@ def overlay(old: Any, value: Any, origin: str, path: str = "") -> Any:
         ValueError: unknown key, or a value of the wrong type or out of range.
     """
     if not isinstance(value, Mapping):
-        raise ValueError(f"{origin}: {path} = {value!r} must be a table of options")
-    hints = get_type_hints(type(old))
-    known = [f.name for f in dataclasses.fields(old) if f.init]
+        raise ValueError(f"{origin}: {path} is {short(value)}; allowed: a table of options")
+    known = hints(type(old))
     changes = {}
     for option, new in value.items():
         where = f"{path}.{option}" if path else option
         if option not in known:
             raise ValueError(f"{origin}: unknown key {where}; allowed: {', '.join(known)}")
-        nested = dataclasses.is_dataclass(getattr(old, option))
-        changes[option] = (
-            overlay(getattr(old, option), new, origin, where) if nested else _convert(new, hints[option], f"{origin}: {where}")
-        )
+        inner = getattr(old, option)
+        nested = dataclasses.is_dataclass(inner)
+        changes[option] = overlay(inner, new, origin, where) if nested else _converted(new, known[option], f"{origin}: {where}")
     try:
         return replace(old, **changes)
     except ValueError as error:
         raise ValueError(f"{origin}: {error}") from error
 
 
-def _convert(value: Any, kind: Any, where: str) -> Any:
-    """`value` as `kind`, strictly: no text for numbers, no fractions for integers."""
-    if value == NONE and NoneType in get_args(kind):
-        return None
-    numeric = isinstance(value, int | float) and not isinstance(value, bool)
-    loose = (kind is int and not (numeric and float(value).is_integer())) or (kind is float and not numeric)
-    loose = loose or (kind is bool and not isinstance(value, bool)) or (kind is str and not isinstance(value, str))
-    try:
-        if not loose:
-            return cattrs.structure(value, kind)
-    except Exception as error:  # cattrs raises groups of many kinds; all of them mean the same here
-        raise ValueError(f"{where} = {value!r} is not {_describe(kind)}") from error
-    raise ValueError(f"{where} = {value!r} is not {_describe(kind)}")
-
-
-def _describe(kind: Any) -> str:
-    names = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
-    return names.get(kind) or "allowed; expected " + str(kind).replace("typing.", "").replace("NoneType", "none")
+def _converted(value: Any, hint: Any, where: str) -> Any:
+    value = converted(value, hint)
+    allow(value, hint, where)
+    return value

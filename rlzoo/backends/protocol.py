@@ -4,12 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, Protocol
 
+from ..options import CountOrOff, Within, check
 from ..tree import Float32, Float64, Int32, Stop, Tree
 
 if TYPE_CHECKING:
     import torch
+
+LEAST_TEMPERATURE = 0.01  # below it logits / temperature lose their digits in float32; vLLM does not go below it either
+Temperature = Annotated[float, Within(LEAST_TEMPERATURE, 1000)]
+TemperatureOrGreedy = Annotated[float, Within(LEAST_TEMPERATURE, 1000, off=0)]
+NucleusShare = Annotated[float, Within(0, 1, above=True)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,17 +29,12 @@ class SamplingParams:
         ValueError: a value is outside its range.
     """
 
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
+    temperature: TemperatureOrGreedy = 1.0
+    top_p: NucleusShare = 1.0
+    top_k: CountOrOff = 0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.temperature < float("inf"):
-            raise ValueError(f"temperature is {self.temperature}; allowed are 0 (greedy) and positive numbers")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p is {self.top_p}; allowed is 0 < top_p <= 1 (1: off)")
-        if self.top_k < 0:
-            raise ValueError(f"top_k is {self.top_k}; allowed is 0 (off) or a positive number")
+        check(self, "")
 
 
 @dataclass(frozen=True, slots=True)

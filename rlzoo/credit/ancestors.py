@@ -9,22 +9,17 @@ from typing import ClassVar, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from ..options import Options, Share
 from ..tree import ROOT, Float64, Int32, Int64, Tree
 from .base import Credit, path_rows
 from .values import mean_of_children
 from .whitening import whiten
 
 Bool = NDArray[np.bool_]
-CHOICES = {
-    "weighting": ("average", "group_size"),
-    "levels": ("all", "root"),
-    "level": ("leaf", "segment", "siblings"),
-    "whitening": ("batch", "none"),
-}
 
 
 @dataclass(frozen=True)
-class Ancestors:
+class Ancestors(Options):
     """a_i = sum_j w_j (R_i - mean R over G_j) / sum_j w_j, G_j the graded leaves below the ancestor of leaf i at depth j
     (arXiv 2508.17445, eq. 5-7, and its released code at f055523).
 
@@ -40,6 +35,7 @@ class Ancestors:
     """
 
     name: ClassVar[str] = "ancestors"
+    section: ClassVar[str] = "credit"
 
     weighting: Literal["average", "group_size"] = "average"
     """Weight of a group: 1 (eq. 5) or its number of leaves (eq. 6)."""
@@ -54,25 +50,23 @@ class Ancestors:
     level: Literal["leaf", "segment", "siblings"] = "leaf"
     """One advantage per response; one per segment; or one per segment from raw rewards (no groups), values standardised among
     siblings first (the released code's `spo`, there without whitening)."""
-    eta: float = 0.0
+    eta: Share = 0.0
     """Level segment: A(n) = V(n) - eta^(L - depth of n) V(parent), L the nodes of the row's path with the root; 0 switches it off."""
     whitening: Literal["batch", "none"] = "batch"
     """Mean 0 and variance 1 over the response tokens of the batch, or left as it is."""
 
     def __post_init__(self) -> None:
-        for name, allowed in CHOICES.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"credit.{name} = {getattr(self, name)!r}; allowed: {', '.join(allowed)}")
+        super().__post_init__()
         if self.levels == "root" and not self.include_root:
             raise ValueError("credit.levels = 'root' leaves no group with credit.include_root = false")
-        if not 0 <= self.eta <= 1:
-            raise ValueError(f"credit.eta = {self.eta}; allowed: 0 to 1")
         if self.eta and self.level != "segment":
             raise ValueError(f"credit.eta = {self.eta} needs credit.level = 'segment'")
 
     @property
     def needs(self) -> frozenset[str]:
-        return frozenset()
+        """Siblings, but where a lone response keeps its reward, which is compared with the batch only."""
+        alone = self.level == "siblings" or (self.level == "leaf" and self.include_root)
+        return frozenset() if alone else frozenset({"siblings"})
 
     def __call__(self, trees: Sequence[Tree]) -> list[Credit]:
         credits = [self._tree(tree) for tree in trees]

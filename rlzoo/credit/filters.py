@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
+from ..options import CountOrOff, Options
 from ..tree import Stop, Tree
 from .base import Credit
 
@@ -14,19 +16,17 @@ TRUNCATED = (Stop.LENGTH, Stop.DEPTH, Stop.REPETITION)
 
 
 @dataclass(frozen=True)
-class GroupFilter:
+class GroupFilter(Options):
     """What is dropped and refilled."""
+
+    section: ClassVar[str] = "filter"
 
     drop_dead: bool = True
     """Drop trees whose graded leaves are all right or all wrong: they carry no signal."""
-    refill_rounds: int = 0
+    refill_rounds: CountOrOff = 0
     """Times that dropped trees are replaced by new problems within a step; 0 trains on what is left."""
     mask_truncated: bool = False
     """Leave responses that were cut short (length, depth, repetition) out of the loss; their rewards still count in baselines."""
-
-    def __post_init__(self) -> None:
-        if self.refill_rounds < 0:
-            raise ValueError(f"filter.refill_rounds = {self.refill_rounds} must be 0 or more")
 
     def keeps(self, tree: Tree) -> bool:
         """Whether a graded tree may be trained on. Looks at right/wrong, not at the shaped reward."""

@@ -8,6 +8,7 @@ from typing import ClassVar, Literal
 
 import numpy as np
 
+from ..options import Options
 from ..tree import Tree
 from .base import Credit, path_rows
 
@@ -15,24 +16,21 @@ EPS = 1e-6
 
 
 @dataclass(frozen=True)
-class Group:
+class Group(Options):
     """A_i = (R_i - mean R) / (std R + 1e-6), the same on every token of response i (GRPO, arXiv 2402.03300, eq. 3).
 
     Ungraded leaves (NaN) are left out of mean, std and training. A single graded leaf gets 0.
     """
 
     name: ClassVar[str] = "group"
+    section: ClassVar[str] = "credit"
 
     std: Literal["sample", "population", "none"] = "sample"
     """Scale: unbiased std (as the common implementations), population std, or no scaling (Dr.GRPO)."""
 
-    def __post_init__(self) -> None:
-        if self.std not in ("sample", "population", "none"):
-            raise ValueError(f"credit.std = {self.std!r}; allowed: sample, population, none")
-
     @property
     def needs(self) -> frozenset[str]:
-        return frozenset()
+        return frozenset({"siblings"})
 
     def __call__(self, trees: Sequence[Tree]) -> list[Credit]:
         return [self._tree(tree) for tree in trees]

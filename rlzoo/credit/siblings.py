@@ -8,19 +8,17 @@ from typing import ClassVar, Literal
 
 import numpy as np
 
+from ..options import Options, Share
 from ..tree import Float64, Tree
 from .base import Credit, node_rows
 from .values import branch_shares, leaf_shares, mean_of_children
 
 EPS = 1e-6
 TIE = 1e-12  # values are means of means: equal ones may differ by rounding
-NORMS = ("bernoulli_std", "bernoulli_var", "group_std", "none")
-METRICS = ("std", "range", "var")
-WEIGHTS = ("none", "leaves", "branches")
 
 
 @dataclass(frozen=True)
-class Siblings:
+class Siblings(Options):
     """A_c = (V_c - mu) / scale over the children c of one parent, mu their mean (TreeRPO, arXiv 2506.05183, eq. 4).
 
     V is backed up by `mean_of_children`. Groups without any difference give no row; neither do groups whose `prune_metric`
@@ -33,36 +31,31 @@ class Siblings:
     """
 
     name: ClassVar[str] = "siblings"
+    section: ClassVar[str] = "credit"
 
     adv_norm: Literal["bernoulli_std", "bernoulli_var", "group_std", "none"] = "bernoulli_var"
     """Scale: sqrt(mu(1-mu)), mu(1-mu) as the paper, the group's unbiased std, or 1. All but the last plus 1e-6."""
     prune_metric: Literal["std", "range", "var"] = "range"
     """What `prune_tau` is compared with: population std, max - min as the paper, or population variance of the group's values."""
-    prune_tau: float = 0.1
+    prune_tau: Share = 0.1
     """Groups below it are dropped, groups exactly at it are kept (as the released code); 0 drops exact ties only."""
     unit_weights: Literal["none", "leaves", "branches"] = "none"
     """Weight of a node's row: 1 as the paper; the share of the tree's leaves below the node; or 1 / #children multiplied down its
     path (OPTS-TTPO, arXiv 2609.40035). The last two are equal in full trees; with them a tree's gradient is its chains'."""
 
-    def __post_init__(self) -> None:
-        if self.adv_norm not in NORMS:
-            raise ValueError(f"credit.adv_norm = {self.adv_norm!r}; allowed: {', '.join(NORMS)}")
-        if self.prune_metric not in METRICS:
-            raise ValueError(f"credit.prune_metric = {self.prune_metric!r}; allowed: {', '.join(METRICS)}")
-        if self.unit_weights not in WEIGHTS:
-            raise ValueError(f"credit.unit_weights = {self.unit_weights!r}; allowed: {', '.join(WEIGHTS)}")
-        if not 0 <= self.prune_tau <= 1:
-            raise ValueError(f"credit.prune_tau = {self.prune_tau}; allowed: 0 to 1")
-
     @property
     def needs(self) -> frozenset[str]:
-        return frozenset({"rewards in [0,1]"}) if self.adv_norm.startswith("bernoulli") else frozenset()
+        return frozenset({"siblings", "rewards in [0,1]"} if self._bernoulli else {"siblings"})
+
+    @property
+    def _bernoulli(self) -> bool:
+        return self.adv_norm.startswith("bernoulli")
 
     def __call__(self, trees: Sequence[Tree]) -> list[Credit]:
         return [self._tree(tree) for tree in trees]
 
     def _tree(self, tree: Tree) -> Credit:
-        if self.needs and ((tree.reward < 0) | (tree.reward > 1)).any():
+        if self._bernoulli and ((tree.reward < 0) | (tree.reward > 1)).any():
             raise ValueError(
                 f"credit.adv_norm = {self.adv_norm!r} needs rewards in [0,1], found {np.nanmin(tree.reward)} to {np.nanmax(tree.reward)}"
             )

@@ -92,7 +92,7 @@ def _locate(config: RunConfig, key: str) -> tuple[str, str]:
 def _value(text: str) -> Any:
     try:
         return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         return text
 
 

@@ -4,33 +4,36 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import tyro
 
+from ..backends.protocol import NucleusShare, TemperatureOrGreedy
 from ..config import BackendOptions, overlay, to_plain
-from ..sampling.base import Sampler
+from ..options import Options, Seed
+from ..sampling.base import MOST_LEAVES, Leaves, Levels, Sampler, Tokens
 from ..sampling.chains import Chains
 from ..sampling.segments import Segments
 
-MOST = 1 << 16  # responses per problem, for what can be checked before k is known
 OURS = ("capacity", "threads", "max_context", "timeout_s")  # options of the backend that mean something where a server samples
 
 
 @dataclass(frozen=True)
-class SegmentOptions:
+class SegmentOptions(Options):
     """How trees of segments grow, see the sampler `segments`; its width is k, a segment is the response limit / depth."""
 
-    depth: int = 8
+    section: ClassVar[str] = "segments"
+
+    depth: Levels = 8
     """Most segments on a path; has to divide the response limit."""
-    branching: tuple[int, ...] = (2,)
+    branching: tuple[Leaves, ...] = (2,)
     """Continuations of a path at a boundary: one number, or the least and the most of a draw."""
-    initial: tuple[int, ...] = (2, 8)
+    initial: tuple[Leaves, ...] = (2, 8)
     """Copies of the prompt at the start: one number, or the least and the most of a draw per problem."""
 
 
 @dataclass(frozen=True)
-class EvalConfig:
+class EvalConfig(Options):
     """Everything that decides what an evaluation measures.
 
     Raises:
@@ -43,15 +46,15 @@ class EvalConfig:
     """Suite of test sets."""
     data_dir: str = ""
     """Folder with the test sets as local files; without it they are made or downloaded."""
-    k: int | None = None
+    k: Leaves | None = None
     """Sampled responses per problem; none: what the suite says for each set."""
     greedy: bool = False
     """Decode every problem greedily too."""
-    temperature: float = 1.0
+    temperature: TemperatureOrGreedy = 1.0
     """Sampling temperature; 0 is greedy and needs k = 1."""
-    top_p: float = 1.0
+    top_p: NucleusShare = 1.0
     """Nucleus sampling; 1 switches it off."""
-    max_response_tokens: int = 256
+    max_response_tokens: Tokens = 256
     """Longest response, tokens."""
     template: str | None = None
     """Prompt template: plain, qwen-boxed, chat, or package.module:function; none: that of the suite's sets."""
@@ -61,7 +64,7 @@ class EvalConfig:
     """chains: independent responses; segments: a tree per problem."""
     segments: SegmentOptions = field(default_factory=SegmentOptions)
     """For --sampler segments."""
-    seed: int = 0
+    seed: Seed = 0
     """What the samples depend on."""
     backend: BackendOptions = field(default_factory=BackendOptions)
     backend_url: str = ""
@@ -70,9 +73,8 @@ class EvalConfig:
     """The server's name for the model; needed where it serves several."""
 
     def __post_init__(self) -> None:
-        if self.seed < 0:
-            raise ValueError(f"seed is {self.seed}; it must be at least 0")
-        self.sampler_of(self.k if self.k is not None else MOST)  # validates
+        super().__post_init__()
+        self.sampler_of(self.k if self.k is not None else MOST_LEAVES)  # validates
         for option in fields(BackendOptions) if self.backend_url else ():
             value = getattr(self.backend, option.name)
             if option.name not in OURS and value != option.default:
@@ -103,7 +105,7 @@ class EvalConfig:
         if self.sampler == "chains":
             return Chains(group_size=k, max_response_tokens=self.max_response_tokens, **shared)
         tree = self.segments
-        if tree.depth < 1 or self.max_response_tokens % tree.depth:
+        if self.max_response_tokens % tree.depth:
             raise ValueError(
                 f"segments.depth is {tree.depth}, which does not divide max_response_tokens = {self.max_response_tokens}: segments of "
                 "one length cannot fill the responses; choose another depth or limit"

@@ -9,12 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import Annotated, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..credit.base import Credit
+from ..options import Options, Share, Within
 from ..tree import Float32, Float64, Tree
 from .aggregate import Terms, write_out
 from .policy import LOG_RATIO_LIMIT
@@ -22,6 +23,7 @@ from .policy import LOG_RATIO_LIMIT
 OldLogprobs = Literal["auto", "sampler", "recomputed"]
 Importance = Literal["auto", "none", "truncated"]
 Masking = Literal["none", "mask"]
+AtLeastOne = Annotated[float, Within(1)]
 
 
 class MismatchError(RuntimeError):
@@ -29,12 +31,14 @@ class MismatchError(RuntimeError):
 
 
 @dataclass(frozen=True)
-class CorrectionOptions:
+class CorrectionOptions(Options):
     """What is done about the ratio trainer / sampler of a token's probabilities, both before the step's first update.
 
     Raises:
         ValueError: an option is out of range, or two do not go together.
     """
+
+    section: ClassVar[str] = "correction"
 
     old_logprobs: OldLogprobs = "auto"
     """What the policy's ratio is taken against: the sampler's log-probs, or the trainer's, which cost one more forward pass. auto:
@@ -42,29 +46,21 @@ class CorrectionOptions:
     importance: Importance = "auto"
     """truncated: a token weighs min(ratio, cap). Only with recomputed: against the sampler's log-probs nothing is left to correct.
     auto: truncated where engine or trainer computes in bfloat16 (and old_logprobs is not sampler), else none."""
-    cap: float = 2.0
+    cap: AtLeastOne = 2.0
     """Largest importance weight."""
     sequence: Masking = "none"
     """mask: responses outside the bounds below are left out of loss and denominators. Costs the forward pass of recomputed."""
-    low: float = 0.9
+    low: Share = 0.9
     """Least geometric mean of the ratio over a response's tokens."""
-    high: float = 1.1
+    high: AtLeastOne = 1.1
     """Largest geometric mean."""
-    token_low: float = 1e-4
+    token_low: Share = 1e-4
     """Least ratio of any token of a response; 0 switches it off."""
-    token_high: float = 100.0
+    token_high: AtLeastOne = 100.0
     """Largest ratio of any token."""
 
     def __post_init__(self) -> None:
-        for name, allowed in (("old_logprobs", OldLogprobs), ("importance", Importance), ("sequence", Masking)):
-            if (value := getattr(self, name)) not in get_args(allowed):
-                raise ValueError(f"correction.{name} is {value!r}; allowed are {', '.join(get_args(allowed))}")
-        for name in ("low", "token_low"):
-            if not 0 <= (value := getattr(self, name)) <= 1:
-                raise ValueError(f"correction.{name} is {value:g}; it must lie between 0 and 1")
-        for name in ("cap", "high", "token_high"):
-            if not 1 <= (value := getattr(self, name)) < math.inf:
-                raise ValueError(f"correction.{name} is {value:g}; it must be finite, at least 1")
+        super().__post_init__()
         if self.importance == "truncated" and self.old_logprobs == "sampler":
             raise ValueError(
                 "correction.importance = truncated would correct twice: with correction.old_logprobs = sampler the policy's ratio is "

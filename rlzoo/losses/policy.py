@@ -6,9 +6,10 @@ negative advantages (see docs/packing.md); `aggregate` makes them.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+
+from ..options import Count, NotNegative, Options, Share, Within
 
 if TYPE_CHECKING:
     import torch
@@ -34,7 +35,7 @@ class TokenBatch:
 
 
 @dataclass(frozen=True)
-class PolicyLoss:
+class PolicyLoss(Options):
     """PPO's clipped surrogate (Schulman et al. 2017, eq. 7) with separate clips (DAPO, eq. 10), dual clip (Ye et al. 2020,
     eq. 5), the k3 estimator of KL(policy || reference) (GRPO, eq. 4) and an entropy bonus (A3C, arXiv 1602.01783, section 4).
     Minimised:
@@ -50,32 +51,22 @@ class PolicyLoss:
     """
 
     name: ClassVar[str] = "policy"
+    section: ClassVar[str] = "loss"
 
-    clip_low: float = 0.2
-    clip_high: float = 0.2
-    dual_clip: float | None = None
-    kl_coef: float = 0.0
-    entropy_coef: float = 0.0
+    clip_low: Share = 0.2
+    clip_high: NotNegative = 0.2
+    dual_clip: Annotated[float, Within(1, above=True)] | None = None
+    kl_coef: NotNegative = 0.0
+    entropy_coef: NotNegative = 0.0
     aggregation: Aggregation = "token_mean"
-    constant_tokens: int | None = None
+    constant_tokens: Count | None = None
 
     def __post_init__(self) -> None:
-        if not 0 <= self.clip_low <= 1:
-            raise ValueError(f"clip_low is {self.clip_low}; it must lie between 0 and 1")
-        if not self.clip_high >= 0:
-            raise ValueError(f"clip_high is {self.clip_high}; it must be 0 or more")
-        if self.dual_clip is not None and not self.dual_clip > 1:
-            raise ValueError(f"dual_clip is {self.dual_clip}; it must be greater than 1, or left out")
-        if not (self.kl_coef >= 0 and math.isfinite(self.kl_coef)):
-            raise ValueError(f"kl_coef is {self.kl_coef}; it must be a finite number, 0 or more")
-        if not (self.entropy_coef >= 0 and math.isfinite(self.entropy_coef)):
-            raise ValueError(f"entropy_coef is {self.entropy_coef}; it must be a finite number, 0 or more")
-        if self.aggregation not in get_args(Aggregation):
-            raise ValueError(f"aggregation is {self.aggregation!r}; allowed are {', '.join(get_args(Aggregation))}")
-        if self.aggregation == "constant" and (self.constant_tokens is None or self.constant_tokens < 1):
-            raise ValueError(f"aggregation 'constant' needs constant_tokens, a whole number of at least 1, not {self.constant_tokens}")
+        super().__post_init__()
+        if self.aggregation == "constant" and self.constant_tokens is None:
+            raise ValueError("loss.aggregation 'constant' needs loss.constant_tokens, a whole number of at least 1")
         if self.aggregation != "constant" and self.constant_tokens is not None:
-            raise ValueError(f"constant_tokens is only used by aggregation 'constant', not by {self.aggregation!r}")
+            raise ValueError(f"loss.constant_tokens is only used by loss.aggregation 'constant', not by {self.aggregation!r}")
 
     @property
     def needs(self) -> frozenset[str]:

@@ -10,6 +10,7 @@ import numpy as np
 
 from .. import registry
 from ..data.problems import Problem
+from ..options import LARGEST, short
 
 if TYPE_CHECKING:
     from .math import GraderConfig
@@ -92,7 +93,8 @@ class PluginReward:
             raise RuntimeError(f"reward {self._name} returned {len(values)} values for {len(ticket)} responses")
         for value in values:
             if not _is_grade(value):
-                raise RuntimeError(f"reward {self._name} returned {value!r:.60}; allowed are verdicts, booleans and finite numbers or NaN")
+                allowed = f"verdicts, booleans and finite numbers (to {LARGEST:g}) or NaN"
+                raise RuntimeError(f"reward {self._name} returned {short(value)}; allowed are {allowed}")
         return [grade_of(v) for v in values]
 
     def close(self) -> None:
@@ -100,9 +102,12 @@ class PluginReward:
 
 
 def _is_grade(value: Any) -> bool:
-    if isinstance(value, bool | int | float | np.number | np.bool_):
-        return not np.isinf(value)
-    return hasattr(value, "correct") and hasattr(value, "kind")
+    if isinstance(value, int):  # of any length; booleans too
+        return abs(value) <= LARGEST
+    if isinstance(value, float | np.integer | np.floating | np.bool_):
+        return bool(np.isnan(value)) or abs(float(value)) <= LARGEST
+    correct = getattr(value, "correct", "")
+    return hasattr(value, "kind") and (correct is None or isinstance(correct, bool | np.bool_))
 
 
 def grade_of(value: Any) -> Grade:

@@ -4,36 +4,40 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Annotated, ClassVar
 
 import numpy as np
 
+from ..options import CountOrOff, Options, Within
 from ..tree import Tree
+
+Reward = Annotated[float, Within(-1e6, 1e6)]
 
 
 @dataclass(frozen=True)
-class Outcome:
+class Outcome(Options):
     """Reward of the outcome, less a penalty for responses that come close to the length limit (DAPO, arXiv 2503.14476, eq. 13).
 
     Raises:
         ValueError: a value is outside its range.
     """
 
-    right: float = 1.0
+    section: ClassVar[str] = "shaping"
+
+    right: Reward = 1.0
     """Reward of a right answer."""
-    wrong: float = 0.0
+    wrong: Reward = 0.0
     """Reward of a wrong, unparsable or timed-out answer."""
 
-    overlong_tokens: int = 0
+    overlong_tokens: CountOrOff = 0
     """Tokens before the sampler's longest response over which a penalty rises from 0 to `overlong_factor`; 0 switches it off."""
-    overlong_factor: float = 1.0
+    overlong_factor: Annotated[float, Within(0, 1e6)] = 1.0
     """Penalty of a response of full length (arXiv 2503.14476, eq. 13)."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.right > self.wrong:
             raise ValueError(f"shaping.right = {self.right} must be larger than shaping.wrong = {self.wrong}")
-        for name in ("overlong_tokens", "overlong_factor"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"shaping.{name} is {getattr(self, name)}; it must be at least 0")
 
     @property
     def provides(self) -> frozenset[str]:

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, Protocol
+from typing import Annotated, ClassVar, Protocol
 
 import numpy as np
 
-from ..backends.protocol import SamplingParams
+from ..backends.protocol import NucleusShare, SamplingParams, TemperatureOrGreedy
 from ..builder import TreeBuilder
+from ..options import CountOrOff, Options, Within
 from ..tree import Role, Stop
 from .stopping import StopRules
+
+MOST_LEAVES = 1 << 16  # responses per problem
+Leaves = Annotated[int, Within(1, MOST_LEAVES)]
+Levels = Annotated[int, Within(1, 4096)]
+Tokens = Annotated[int, Within(1, 1 << 24)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,24 +90,23 @@ class Sampler(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SamplerOptions:
+class SamplerOptions(Options):
     """Options that every sampler has.
 
     Raises:
         ValueError: a value is outside its range.
     """
 
-    temperature: float = 1.0
+    section: ClassVar[str] = "sampler"
+
+    temperature: TemperatureOrGreedy = 1.0
     """Sampling temperature; 0 is greedy."""
-    top_p: float = 1.0
+    top_p: NucleusShare = 1.0
     """Nucleus sampling: the smallest set of tokens with this probability; 1 switches it off."""
-    top_k: int = 0
+    top_k: CountOrOff = 0
     """Only the k most probable tokens; 0 switches it off."""
     stopping: StopRules = field(default_factory=StopRules)
     """When a path ends, beyond the end-of-text token and the limits."""
-
-    def __post_init__(self) -> None:
-        _ = self.sampling  # validates
 
     @property
     def sampling(self) -> SamplingParams:

@@ -9,7 +9,7 @@ import numpy as np
 
 from ..builder import TreeBuilder
 from ..tree import ROOT
-from .base import Extend, Growth, SamplerOptions
+from .base import Extend, Growth, Leaves, SamplerOptions, Tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,17 +23,10 @@ class Chains(SamplerOptions):
     name: ClassVar[str] = "chains"
     provides: ClassVar[frozenset[str]] = frozenset({"siblings", "chains"})
 
-    group_size: int = 16
+    group_size: Leaves = 16
     """Responses per problem (G)."""
-    max_response_tokens: int = 128
+    max_response_tokens: Tokens = 128
     """Longest response, tokens."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.group_size < 1:
-            raise ValueError(f"sampler.group_size is {self.group_size}; it must be at least 1")
-        if self.max_response_tokens < 1:
-            raise ValueError(f"sampler.max_response_tokens is {self.max_response_tokens}; it must be at least 1")
 
     @property
     def max_depth(self) -> int:

@@ -9,7 +9,7 @@ import numpy as np
 
 from ..builder import TreeBuilder
 from ..tree import ROOT, Stop
-from .base import Extend, Growth, SamplerOptions
+from .base import MOST_LEAVES, Extend, Growth, Leaves, Levels, SamplerOptions, Tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,29 +29,29 @@ class Nary(SamplerOptions):
     name: ClassVar[str] = "nary"
     provides: ClassVar[frozenset[str]] = frozenset({"siblings"})
 
-    branching: int = 4
+    branching: Leaves = 4
     """Children of each inner node (N)."""
-    segment_tokens: tuple[int, ...] = (24, 24, 80)
+    segment_tokens: tuple[Tokens, ...] = (24, 24, 80)
     """Longest segment per level, tokens; one value per level, or a single value together with `depth`."""
-    depth: int | None = None
+    depth: Levels | None = None
     """Levels of segments; by default the number of values in `segment_tokens`."""
     continuation: bool = False
     """Sample whole answers and cut them, instead of starting a request anew at every boundary."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.branching < 1:
-            raise ValueError(f"sampler.branching is {self.branching}; it must be at least 1")
-        if not self.segment_tokens or min(self.segment_tokens) < 1:
-            raise ValueError(f"sampler.segment_tokens is {self.segment_tokens}; it needs one positive number of tokens per level")
-        if self.depth is not None and self.depth < 1:
-            raise ValueError(f"sampler.depth is {self.depth}; it must be at least 1")
+        if not self.segment_tokens:
+            raise ValueError("sampler.segment_tokens is empty; it needs one number of tokens per level")
         if self.depth is not None and len(self.segment_tokens) not in (1, self.depth):
             raise ValueError(
                 f"sampler.depth is {self.depth} but sampler.segment_tokens has {len(self.segment_tokens)} values; "
                 "give one value, or one per level"
             )
-
+        if self.branching ** min(self.max_depth, 17) > MOST_LEAVES:  # 2^17 is above it already
+            raise ValueError(
+                f"sampler.branching = {self.branching} on {self.max_depth} levels makes {self.branching}^{self.max_depth} responses per "
+                f"problem; allowed: at most {MOST_LEAVES}"
+            )
         if self.continuation and (self.stopping.boxed == "alone" or self.stopping.repetition != "off"):
             raise ValueError(
                 f"sampler.continuation samples whole answers, but stopping.boxed = {self.stopping.boxed!r} with stopping.repetition = "

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal, get_args
+from typing import ClassVar, Literal
 
 import numpy as np
 
+from ..backends.protocol import Temperature
 from ..builder import TreeBuilder
+from ..options import Count, CountOrOff
 from ..tree import ROOT, Stop
-from .base import Extend, Growth, SamplerOptions
+from .base import Extend, Growth, Leaves, Levels, SamplerOptions, Tokens
 from .fallback import Candidates, Cut, Finished, cut_at, ordered
 from .shares import scheduled, softmax, uniform_shares, weighted_shares
 
@@ -32,27 +34,27 @@ class Segments(SamplerOptions):
     name: ClassVar[str] = "segments"
     provides: ClassVar[frozenset[str]] = frozenset({"siblings"})
 
-    width: int = 16
+    width: Leaves = 16
     """Finished paths per problem (w)."""
-    depth: int = 7
+    depth: Levels = 7
     """Most segments on a path (d)."""
-    segment_tokens: int = 24
+    segment_tokens: Tokens = 24
     """Longest segment, tokens (l); the response limit is d * l."""
-    branching: tuple[int, ...] = (2,)
+    branching: tuple[Leaves, ...] = (2,)
     """Continuations of a path at a boundary (b): one number, or the least and the most of a fresh draw at each boundary."""
-    initial: tuple[int, ...] = (2, 8)
+    initial: tuple[Leaves, ...] = (2, 8)
     """Copies of the prompt at the start: one number, or the least and the most of a draw per problem."""
-    max_tree_tokens: int = 0
+    max_tree_tokens: CountOrOff = 0
     """Budget in tokens instead of paths, each finished path counted whole: `width` then only bounds what is estimated to fit, an open
     path having another segment to go, and one more path being as long as the finished ones are in the mean; 0 switches it off."""
-    min_width: int = 1
+    min_width: Leaves = 1
     """Fewest paths under a budget of tokens."""
     split: Literal["uniform", "response_sum", "response_mean", "segment_mean"] = "uniform"
     """How open paths share the continuations: evenly, or by log-prob: summed or averaged over the response, or averaged over
     its last `segment_tokens` tokens."""
     split_favours: Literal["low", "high"] = "low"
     """Whether paths of low or of high log-prob get more."""
-    split_temperature: tuple[float, ...] = (2.0,)
+    split_temperature: tuple[Temperature, ...] = (2.0,)
     """Temperature of the log-prob weights: one number, or from the first to the second along half a sine over the run."""
     remainder: Literal["random", "last"] = "random"
     """Who gets what an even split leaves over: paths drawn at random, or the last path (as released)."""
@@ -61,30 +63,23 @@ class Segments(SamplerOptions):
     (inverse_block) log-prob, the prompt; or no fallback."""
     fallback_from: Candidates = "soft_boxed_and_eos"
     """Which finished paths are returned to, and in what order."""
-    fallback_window: int = 0
+    fallback_window: CountOrOff = 0
     """Tokens between possible cuts; 0 is the segment length."""
-    fallback_max_windows: int = 0
+    fallback_max_windows: CountOrOff = 0
     """How far back a cut may go, in windows; 0 is all the way."""
-    fallback_block_tokens: int = 128
+    fallback_block_tokens: Count = 128
     """Block length of the block policies, tokens."""
-    fallback_min_windows: int = 1
+    fallback_min_windows: Count = 1
     """Shortest path, in windows, that boxed_ge_window returns to."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("width", "depth", "segment_tokens", "min_width", "fallback_block_tokens", "fallback_min_windows"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"sampler.{name} is {getattr(self, name)}; it must be at least 1")
-        for name in ("max_tree_tokens", "fallback_window", "fallback_max_windows"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"sampler.{name} is {getattr(self, name)}; it must be 0 or more")
         for name in ("branching", "initial"):
             _check_range(f"sampler.{name}", getattr(self, name), self.width)
-        if len(self.split_temperature) not in (1, 2) or min(self.split_temperature) <= 0:
-            raise ValueError(f"sampler.split_temperature is {self.split_temperature}; it needs one or two positive numbers")
-        for name, allowed in CHOICES.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"sampler.{name} is {getattr(self, name)!r}; allowed are {', '.join(allowed)}")
+        if self.width > 1 and self.fallback == "none" and self.initial[-1] == self.branching[-1] == 1:
+            raise ValueError("sampler.initial = 1 with sampler.branching = 1 and sampler.fallback = none grows one path, not sampler.width")
+        if len(self.split_temperature) not in (1, 2):
+            raise ValueError(f"sampler.split_temperature is {self.split_temperature}; it needs one or two numbers")
         if self.min_width > self.width:
             raise ValueError(f"sampler.min_width is {self.min_width}; it must not be larger than sampler.width = {self.width}")
 
@@ -113,15 +108,6 @@ class Segments(SamplerOptions):
 
     def plant(self, builder: TreeBuilder, rng: np.random.Generator, progress: float) -> _Boundaries:
         return _Boundaries(self, builder, rng, scheduled(self.split_temperature, progress))
-
-
-CHOICES: dict[str, tuple[str, ...]] = {
-    "split": ("uniform", "response_sum", "response_mean", "segment_mean"),
-    "split_favours": ("low", "high"),
-    "remainder": ("random", "last"),
-    "fallback": get_args(Cut),
-    "fallback_from": get_args(Candidates),
-}
 
 
 def _check_range(name: str, values: tuple[int, ...], width: int) -> None:

@@ -4,37 +4,32 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, ClassVar, Literal
 
+from ..options import BIG, Count, Options, Within
 from ..rewards.extract import last_boxed
 from ..tree import Stop
 
 
-@dataclass(frozen=True, slots=True)
-class StopRules:
+@dataclass(frozen=True)
+class StopRules(Options):
     """Rules beyond the end-of-text token and the limits of length and depth.
 
     Raises:
         ValueError: a count is not positive, or an unknown choice.
     """
 
+    section: ClassVar[str] = "sampler.stopping"
+
     boxed: Literal["ended", "alone", "off"] = "ended"
     """A complete boxed answer anywhere in the response: with an end-of-text token it is an ANSWER (`ended`), or it ends the
     path by itself (`alone`), or it is not looked for (`off`)."""
     repetition: Literal["off", "first", "last"] = "off"
     """Whether a segment that repeats itself ends its path, and whether this is asked before or after all other rules."""
-    repetition_chars: int = 32
+    repetition_chars: Count = 32
     """Length in characters of the substring looked for."""
-    repetition_times: int = 8
+    repetition_times: Annotated[int, Within(2, BIG)] = 8
     """How often it must occur in the segment's text; occurrences may overlap."""
-
-    def __post_init__(self) -> None:
-        if self.boxed not in ("ended", "alone", "off"):
-            raise ValueError(f"stopping.boxed is {self.boxed!r}; allowed are ended, alone and off")
-        if self.repetition not in ("off", "first", "last"):
-            raise ValueError(f"stopping.repetition is {self.repetition!r}; allowed are off, first and last")
-        if self.repetition_chars < 1 or self.repetition_times < 2:
-            raise ValueError("stopping.repetition_chars must be at least 1 and stopping.repetition_times at least 2")
 
     def needs_response_text(self, ended: bool) -> bool:
         """Whether `classify` will look at the text of the whole response."""

@@ -6,7 +6,6 @@ import json
 import math
 import os
 import time
-import tomllib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import chain, count
@@ -17,7 +16,7 @@ import numpy as np
 
 from .environment import environment
 from .files import LOCK, PARTIAL, parse_json, read_bytes, read_json, read_text, remove_partials, write_aside
-from .toml import dump_toml
+from .toml import dump_toml, parse_toml
 
 __all__ = ["RunFolder", "dump_toml", "environment", "read_rows", "to_json", "write_aside"]
 
@@ -106,10 +105,7 @@ class RunFolder:
             ValueError: missing or broken file.
         """
         path = self.path / "config.toml"
-        try:
-            return tomllib.loads(read_text(path))
-        except (tomllib.TOMLDecodeError, RecursionError) as error:
-            raise ValueError(f"{path} is not TOML: {error}") from error
+        return parse_toml(read_text(path), str(path))
 
     def refuse_change(self, kept: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
         """For a resumed run, whose config is `kept`, what is `asked` for this time (all of it, or some keys) must be the same.

@@ -1,10 +1,11 @@
-"""Writing TOML (reading is in the standard library)."""
+"""TOML out and in."""
 
 from __future__ import annotations
 
 import json
 import math
 import re
+import tomllib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,18 @@ def dump_toml(tables: Mapping[str, Any]) -> str:
         ValueError: a value that TOML cannot say, with its key.
     """
     return "\n".join(_lines(tables, ())).strip("\n") + "\n"
+
+
+def parse_toml(text: str, where: str) -> dict[str, Any]:
+    """The tables of a TOML text that stands at `where`.
+
+    Raises:
+        ValueError: it is not TOML, or nested too deep, or holds a number of thousands of digits.
+    """
+    try:
+        return tomllib.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where} is not TOML: {error}") from error
 
 
 def _lines(table: Mapping[str, Any], path: tuple[str, ...]) -> Iterator[str]:

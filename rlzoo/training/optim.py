@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+
+from ..options import CountOrOff, NotNegative, Options, Positive, Within
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
 Schedule = Literal["constant", "linear", "cosine"]
+Beta = Annotated[float, Within(0, 1, below=True)]
 
 
 @dataclass(frozen=True)
-class Optim:
+class Optim(Options):
     """Options of the optimiser. `warmup_steps` and the schedule count the run's optimiser steps as planned (one that is skipped, because
     nothing could be trained, counts too); the rate rises linearly over the warm-up (step 1 already moves) and then stays, or falls to 0 at
     the last step linearly or by a half cosine.
@@ -23,28 +26,15 @@ class Optim:
         ValueError: an option is out of range.
     """
 
-    lr: float = 1e-4
-    weight_decay: float = 0.0
-    beta1: float = 0.9
-    beta2: float = 0.999
-    warmup_steps: int = 0
-    max_grad_norm: float | None = 1.0
-    schedule: Schedule = "constant"
+    section: ClassVar[str] = "optim"
 
-    def __post_init__(self) -> None:
-        if not (self.lr > 0 and math.isfinite(self.lr)):
-            raise ValueError(f"lr is {self.lr}; it must be a finite number greater than 0")
-        if not (self.weight_decay >= 0 and math.isfinite(self.weight_decay)):
-            raise ValueError(f"weight_decay is {self.weight_decay}; it must be a finite number, 0 or more")
-        for key, beta in (("beta1", self.beta1), ("beta2", self.beta2)):
-            if not 0 <= beta < 1:
-                raise ValueError(f"{key} is {beta}; it must lie between 0 and 1, 1 excluded")
-        if self.warmup_steps < 0:
-            raise ValueError(f"warmup_steps is {self.warmup_steps}; it must be 0 or more")
-        if self.max_grad_norm is not None and not self.max_grad_norm > 0:
-            raise ValueError(f"max_grad_norm is {self.max_grad_norm}; it must be greater than 0, or left out")
-        if self.schedule not in get_args(Schedule):
-            raise ValueError(f"schedule is {self.schedule!r}; allowed are {', '.join(get_args(Schedule))}")
+    lr: Annotated[float, Within(1e-12, 10)] = 1e-4
+    weight_decay: NotNegative = 0.0
+    beta1: Beta = 0.9
+    beta2: Beta = 0.999
+    warmup_steps: CountOrOff = 0
+    max_grad_norm: Positive | None = 1.0
+    schedule: Schedule = "constant"
 
     def rate(self, step: int, total_steps: int) -> float:
         """The learning rate of optimiser step `step` (from 0) of `total_steps`."""

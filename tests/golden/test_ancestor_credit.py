@@ -311,13 +311,13 @@ def test_whitening_serves_other_rows_and_refuses_token_masks():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"weighting": "size"}, "credit.weighting = 'size'; allowed: average, group_size"),
-        ({"levels": "none"}, "credit.levels = 'none'; allowed: all, root"),
-        ({"level": "token"}, "credit.level = 'token'; allowed: leaf, segment, siblings"),
-        ({"whitening": "tree"}, "credit.whitening = 'tree'; allowed: batch, none"),
+        ({"weighting": "size"}, "credit.weighting is 'size'; allowed: average, group_size"),
+        ({"levels": "none"}, "credit.levels is 'none'; allowed: all, root"),
+        ({"level": "token"}, "credit.level is 'token'; allowed: leaf, segment, siblings"),
+        ({"whitening": "tree"}, "credit.whitening is 'tree'; allowed: batch, none"),
         ({"levels": "root", "include_root": False}, "credit.levels = 'root' leaves no group with credit.include_root = false"),
         ({"eta": 0.5}, "credit.eta = 0.5 needs credit.level = 'segment'"),
-        ({"level": "segment", "eta": 2.0}, "credit.eta = 2.0; allowed: 0 to 1"),
+        ({"level": "segment", "eta": 2.0}, "credit.eta is 2.0; allowed: a number from 0 to 1"),
     ],
 )
 def test_options_that_make_no_sense_are_refused(options, message):

@@ -50,14 +50,14 @@ def test_parts_cross_by_flag():
         ("seed = 1", r"no algorithm chosen; --algo NAME with one of: "),
         ('algo = "grpo"\nnosuch = 1', r"c.toml: unknown key 'nosuch'; allowed: model, "),
         ('algo = "grpo"\n[optim]\nnosuch = 1', r"c.toml: unknown key optim.nosuch; allowed: lr, "),
-        ('algo = "grpo"\n[optim]\nlr = "high"', r"c.toml: optim.lr = 'high' is not a number"),
-        ('algo = "grpo"\n[schedule]\nsteps = 1.5', r"c.toml: schedule.steps = 1.5 is not a whole number"),
-        ('algo = "grpo"\n[filter]\ndrop_dead = 1', r"c.toml: filter.drop_dead = 1 is not true or false"),
-        ('algo = "grpo"\noptim = 3', r"c.toml: optim = 3 must be a table of options"),
-        ('algo = "grpo"\n[optim]\nlr = -1.0', r"c.toml: lr is -1.0; it must be"),
+        ('algo = "grpo"\n[optim]\nlr = "high"', r"c.toml: optim.lr is 'high'; allowed: a number from 1e-12 to 10"),
+        ('algo = "grpo"\n[schedule]\nsteps = 1.5', r"c.toml: schedule.steps is 1.5; allowed: a whole number from 0 to 2147483647"),
+        ('algo = "grpo"\n[filter]\ndrop_dead = 1', r"c.toml: filter.drop_dead is 1; allowed: true or false"),
+        ('algo = "grpo"\noptim = 3', r"c.toml: optim is 3; allowed: a table of options"),
+        ('algo = "grpo"\n[optim]\nlr = -1.0', r"c.toml: optim.lr is -1.0; allowed: a number from 1e-12 to 10"),
         ('algo = "grpo"\n[credit]\nname = "nosuch"', r"unknown credit 'nosuch'; known: "),
-        ('algo = "grpo"\nseed = -1', r"seed is -1; it must be at least 0"),
-        ('algo = "grpo"\n[backend]\nthreads = -1', r"c.toml: backend.threads is -1; it must be at least 0"),
+        ('algo = "grpo"\nseed = -1', r"c.toml: seed is -1; allowed: a whole number from 0 to "),
+        ('algo = "grpo"\n[backend]\nthreads = -1', r"c.toml: backend.threads is -1; allowed: a whole number from 0 to "),
         ("algo = ", r"c.toml is not TOML"),
     ],
 )
@@ -78,7 +78,7 @@ def test_every_shipped_recipe_is_a_valid_run(name):
 
 
 def test_missing_files_and_presets_are_named(tmp_path):
-    with pytest.raises(ValueError, match="cannot read config"):
+    with pytest.raises(ValueError, match=r"cannot read .*none\.toml: No such file"):
         read_toml(tmp_path / "none.toml")
     with pytest.raises(ValueError, match="unknown preset 'nosuch'"):
         parse_run(["--preset", "nosuch"])
@@ -93,7 +93,7 @@ def test_missing_files_and_presets_are_named(tmp_path):
         (["--zzz", "3"], "unknown option '--zzz'; `rlzoo run --help` lists what is allowed"),
         (["--seed", "1", "--seed", "abc"], "^--seed abc is not allowed; expected INT$"),
         (["--schedule.steps=abc"], "^--schedule.steps abc is not allowed; expected INT$"),
-        (["--schedule.steps", "-1"], "^schedule.steps = -1 is too small$"),
+        (["--schedule.steps", "-1"], "^schedule.steps is -1; allowed: a whole number from 0 to 2147483647$"),
         (["--backend.dtype", "float8"], r"^invalid choice 'float8' for argument '--backend.dtype'. Expected one of \('float32', .*\).$"),
         (["--resume=3"], "^argument --resume: ignored explicit argument '3'$"),
     ],

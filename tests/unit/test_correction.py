@@ -145,12 +145,12 @@ def test_the_limit():
     ("options", "message"),
     [
         ({"old_logprobs": "sampler", "importance": "truncated"}, "correction.importance = truncated would correct twice"),
-        ({"old_logprobs": "guessed"}, "correction.old_logprobs is 'guessed'; allowed are auto, sampler, recomputed"),
-        ({"sequence": "drop"}, "correction.sequence is 'drop'; allowed are none, mask"),
-        ({"cap": 0.5}, "correction.cap is 0.5; it must be finite, at least 1"),
-        ({"high": math.inf}, "correction.high is inf; it must be finite, at least 1"),
-        ({"low": 1.2}, "correction.low is 1.2; it must lie between 0 and 1"),
-        ({"token_low": math.nan}, "correction.token_low is nan; it must lie between 0 and 1"),
+        ({"old_logprobs": "guessed"}, "correction.old_logprobs is 'guessed'; allowed: auto, sampler, recomputed"),
+        ({"sequence": "drop"}, "correction.sequence is 'drop'; allowed: none, mask"),
+        ({"cap": 0.5}, "correction.cap is 0.5; allowed: a number of at least 1"),
+        ({"high": math.inf}, "correction.high is inf; allowed: a number of at least 1"),
+        ({"low": 1.2}, "correction.low is 1.2; allowed: a number from 0 to 1"),
+        ({"token_low": math.nan}, "correction.token_low is nan; allowed: a number from 0 to 1"),
     ],
 )
 def test_bad_options(options, message):

@@ -13,13 +13,13 @@ from rlzoo import registry
 ROOT = Path(__file__).parents[2]
 PURE = {"tree.py", "builder.py"}
 ALLOWED = {  # package -> what of rlzoo it may import (first component below rlzoo)
-    "credit": {"tree", "credit"},
-    "sampling": {"tree", "builder", "sampling", "backends", "rewards"},
-    "losses": {"tree", "credit", "losses"},
+    "credit": {"tree", "credit", "options"},
+    "sampling": {"tree", "builder", "sampling", "backends", "rewards", "options"},
+    "losses": {"tree", "credit", "losses", "options"},
 }
 ALGORITHM_MAY = ("rlzoo.algorithm", "rlzoo.sampling", "rlzoo.credit", "rlzoo.losses", "rlzoo.rewards.shaping")
 BLIND = ("backends", "store", "evaluation", "report", "training", "losses", "credit", "sampling", "data", "rewards")
-TORCH_FREE = ("credit", "sampling", "store", "data/problems.py", "data/arithmetic.py", "config.py", "cli.py", "algorithm.py")
+TORCH_FREE = ("credit", "sampling", "store", "data/problems.py", "data/arithmetic.py", "config.py", "cli.py", "algorithm.py", "options.py")
 
 
 def sources(*parts: str) -> list[Path]:

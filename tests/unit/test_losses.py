@@ -79,15 +79,15 @@ def test_kl_without_reference_is_refused():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"clip_low": -0.1}, "clip_low is -0.1; it must lie between 0 and 1"),
+        ({"clip_low": -0.1}, "loss.clip_low is -0.1; allowed: a number from 0 to 1"),
         ({"clip_low": 1.5}, "clip_low is 1.5"),
-        ({"clip_high": -1.0}, "clip_high is -1.0; it must be 0 or more"),
+        ({"clip_high": -1.0}, "loss.clip_high is -1.0; allowed: a number of at least 0"),
         ({"clip_high": float("nan")}, "clip_high is nan"),
-        ({"dual_clip": 1.0}, "dual_clip is 1.0; it must be greater than 1"),
+        ({"dual_clip": 1.0}, "loss.dual_clip is 1.0; allowed: a number above 1 or none"),
         ({"kl_coef": float("inf")}, "kl_coef is inf"),
-        ({"aggregation": "sum"}, "aggregation is 'sum'; allowed are token_mean, sequence_mean, constant"),
-        ({"aggregation": "constant"}, "needs constant_tokens"),
-        ({"constant_tokens": 5}, "only used by aggregation 'constant'"),
+        ({"aggregation": "sum"}, "loss.aggregation is 'sum'; allowed: token_mean, sequence_mean, constant"),
+        ({"aggregation": "constant"}, "needs loss.constant_tokens"),
+        ({"constant_tokens": 5}, "only used by loss.aggregation 'constant'"),
     ],
 )
 def test_bad_options(options, message):

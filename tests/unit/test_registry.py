@@ -61,7 +61,7 @@ def test_overrides_find_their_part():
     [
         (lambda: load("nosuch"), r"unknown algorithm 'nosuch'; known: grpo, treepo, treerpo"),
         (lambda: load("grpo", nosuch=1), r"unknown option 'nosuch' of grpo; allowed: .*sampler\.group_size.*optim\.lr"),
-        (lambda: load("treerpo", adv_norm="other"), r"credit.adv_norm = 'other'; allowed: bernoulli_std"),
+        (lambda: load("treerpo", adv_norm="other"), r"credit.adv_norm is 'other'; allowed: bernoulli_std"),
         (lambda: load("grpo", top_p=0.9), r"sampler chains draws from a cut distribution \(top_p = 0.9.*loss policy does not correct"),
         (lambda: load("grpo", temperature=0.0), r"temperature"),
         (lambda: registry.plugin("nosuch", "reward"), r"reward 'nosuch' is neither a known name nor of the form"),

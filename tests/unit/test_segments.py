@@ -334,10 +334,10 @@ def test_any_tree_is_full_within_limits_and_free_of_order(
         ({"branching": ()}, "sampler.branching"),
         ({"branching": (3, 2)}, "sampler.branching"),
         ({"initial": (17,)}, "sampler.initial is .* to sampler.width = 16"),
-        ({"split": "fair"}, "sampler.split is 'fair'; allowed are uniform"),
-        ({"fallback": "back"}, "sampler.fallback is 'back'; allowed are none, random"),
+        ({"split": "fair"}, "sampler.split is 'fair'; allowed: uniform"),
+        ({"fallback": "back"}, "sampler.fallback is 'back'; allowed: none, random"),
         ({"split_temperature": (0.0,)}, "sampler.split_temperature"),
-        ({"fallback_window": -1}, "sampler.fallback_window is -1; it must be 0 or more"),
+        ({"fallback_window": -1}, "sampler.fallback_window is -1; allowed: a whole number from 0 to "),
         ({"min_width": 20}, "sampler.min_width"),
     ],
 )

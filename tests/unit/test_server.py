@@ -475,7 +475,7 @@ def test_temperature_reaches_the_server_and_no_weights_are_needed(bigram_of_tiny
         (["eval", "tiny", "--served-model", "m"], "needs backend_url"),
         (
             ["eval", "tiny", "--backend-url", "http://127.0.0.1:9", "--backend.timeout-s", "0"],
-            "timeout_s is 0.0; it must be a positive number",
+            "backend.timeout_s is 0.0; allowed: a number above 0, at most 1000000",
         ),
         (["run", "--algo", "grpo", "--backend-url", "http://127.0.0.1:9"], "a server cannot take over weights"),
     ],

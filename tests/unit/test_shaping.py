@@ -76,8 +76,8 @@ def test_bernoulli_credit_refuses_the_penalty():
     ("options", "message"),
     [
         ({"right": 0.0}, "shaping.right = 0.0 must be larger than shaping.wrong = 0.0"),
-        ({"overlong_tokens": -1}, "shaping.overlong_tokens is -1; it must be at least 0"),
-        ({"overlong_factor": -0.5}, "shaping.overlong_factor is -0.5; it must be at least 0"),
+        ({"overlong_tokens": -1}, "shaping.overlong_tokens is -1; allowed: a whole number from 0 to "),
+        ({"overlong_factor": -0.5}, "shaping.overlong_factor is -0.5; allowed: a number from 0 to "),
     ],
 )
 def test_options_out_of_range_are_refused(options, message):

@@ -291,10 +291,10 @@ def test_norms_and_biases_are_not_decayed():
     [
         ({"lr": 0.0}, "lr is 0.0"),
         ({"weight_decay": -1.0}, "weight_decay is -1.0"),
-        ({"beta2": 1.0}, "beta2 is 1.0; it must lie between 0 and 1"),
+        ({"beta2": 1.0}, "optim.beta2 is 1.0; allowed: a number from 0 to below 1"),
         ({"warmup_steps": -1}, "warmup_steps is -1"),
         ({"max_grad_norm": 0.0}, "max_grad_norm is 0.0"),
-        ({"schedule": "step"}, "schedule is 'step'; allowed are constant, linear, cosine"),
+        ({"schedule": "step"}, "optim.schedule is 'step'; allowed: constant, linear, cosine"),
     ],
 )
 def test_bad_optimiser_options(options, message):
