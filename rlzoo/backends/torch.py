@@ -83,7 +83,10 @@ class TorchBackend:
             self.model = model
         else:
             self.model = copy_of(model, floating_type(dtype)).to(self.device).eval().requires_grad_(False)
-            self.model.set_attn_implementation(ATTENTION)
+            try:
+                self.model.set_attn_implementation(ATTENTION)
+            except (ValueError, AttributeError, ImportError) as error:
+                raise ValueError(f"the torch backend cannot replace this model's attention: {error}") from error
         self.tokenizer, self.capacity, self.version = tokenizer, capacity, 0
         self.vocabulary = int(self.model.get_output_embeddings().weight.shape[0])
         self.eos_ids = end_ids(tokenizer, model)

@@ -29,6 +29,7 @@ from ..store.files import locked, remove_partials, taken_back
 from ..store.runs import RunFolder, read_rows, to_json, write_aside
 from ..training.interrupts import Interrupts
 from ..training.models import describe_model, load_model, pick_device, weights_sha256
+from ..training.opening import prove_opening
 from .options import EvalConfig
 from .rows import Protocol, describe_sets, engine_name, result_row
 from .runner import Grades, Row, SetResult, Sink, complete, evaluate
@@ -149,7 +150,13 @@ def _open_engine(config: EvalConfig) -> tuple[Backend, Ledger]:
     if not config.backend_url:
         ledger = open_ledger(pick_device(config.backend.device))
         loaded = load_model(config.model, dtype=config.backend.dtype, device=config.backend.device)
-        return open_backend(config.backend, loaded.model, loaded.tokenizer, loaded.device), ledger
+        backend = open_backend(config.backend, loaded.model, loaded.tokenizer, loaded.device)
+        try:
+            prove_opening(backend, loaded.model, config.backend.dtype)
+        except BaseException:
+            backend.close()
+            raise
+        return backend, ledger
     ledger = Ledger(1, "server")
     backend = open_server(
         config.backend_url,

@@ -50,6 +50,7 @@ from .forward import recompute_layers
 from .interrupts import Interrupts
 from .measure import Measurer, final_suite
 from .models import LoadedModel, load_model, pick_device, weights_sha256
+from .opening import prove_opening
 from .optim import make_optimizer
 from .rates import refuse_embedded_rate
 from .retry import TokenBudget
@@ -139,6 +140,7 @@ class Trainer:
         self.optimizer.register_step_post_hook(self._count_update)
         self.reference = copy.deepcopy(self.model).requires_grad_(False) if "ref_logprobs" in self.algorithm.loss.needs else None
         self.backend = open_backend(config.backend, self.model, loaded.tokenizer, loaded.device)
+        prove_opening(self.backend, self.model, config.backend.dtype)
         self.progress = Progress(max(1, self.algorithm.schedule.steps))
         for said in (switch_off_dropout(self.model), config.correction.told(config.corrections)):
             if said:
