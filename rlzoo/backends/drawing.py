@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -123,15 +123,30 @@ def forbidden_ids(tokenizer: Any, vocabulary: int) -> list[int]:
     Raises:
         ValueError: the tokenizer has ids that the model cannot produce.
     """
+    size, holes = known_vocabulary(tokenizer)
+    if size > vocabulary:
+        raise ValueError(f"the tokenizer has ids up to {size - 1} but the model's vocabulary has {vocabulary} rows")
+    return [*holes, *range(size, vocabulary)]
+
+
+class Vocabulary(NamedTuple):
+    """The ids that are sampled and trained on: those below `vocab_size`, but for `holes`."""
+
+    vocab_size: int
+    holes: tuple[int, ...]
+
+
+def known_vocabulary(tokenizer: Any) -> Vocabulary:
+    """The ids that a tokenizer knows."""
     known = set(tokenizer.get_vocab().values())
-    if max(known) >= vocabulary:
-        raise ValueError(f"the tokenizer has ids up to {max(known)} but the model's vocabulary has {vocabulary} rows")
-    return [i for i in range(vocabulary) if i not in known]
+    size = max(known) + 1
+    return Vocabulary(size, tuple(i for i in range(size) if i not in known))
 
 
-def end_ids(tokenizer: Any, model: Any) -> frozenset[int]:
-    """Ids that end a text: the tokenizer's, the generation config's (also a list: chat end-of-turn ids) and the model config's."""
-    found: set[int] = set()
+def end_ids(tokenizer: Any, model: Any, turns: Iterable[int] = ()) -> frozenset[int]:
+    """Ids that end a text: the tokenizer's, the generation config's (also a list: chat end-of-turn ids), the model config's, and those
+    that end a turn of the prompt's template (`turns`), which a base model's configs need not name."""
+    found = set(turns)
     for source in (tokenizer, getattr(model, "generation_config", None), getattr(model, "config", None)):
         value: int | Sequence[int] | None = getattr(source, "eos_token_id", None)
         if value is not None:

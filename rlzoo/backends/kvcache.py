@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -228,6 +228,19 @@ def causal_mask(queries: int, past: int, dtype: torch.dtype, device: torch.devic
     return mask.triu_(past + 1)[None, None]
 
 
+LEFT_OUT = ("softcap", "s_aux", "sinks", "position_bias", "alibi")
+"""What some models pass to their attention and no function of ours computes."""
+
+
+def refuse_unknown_attention(asked: Mapping[str, Any]) -> None:
+    """Raises:
+    NotImplementedError: a model passes to attention what is not computed.
+    """
+    left_out = [name for name in LEFT_OUT if asked.get(name) is not None]
+    if left_out:
+        raise NotImplementedError(f"its attention uses {' and '.join(left_out)}, which is not computed here")
+
+
 def rows_attention(
     module: torch.nn.Module,
     query: Tensor,
@@ -238,7 +251,12 @@ def rows_attention(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attention of one query per row, without repeating keys and values for grouped heads; else what transformers does."""
+    """Attention of one query per row, without repeating keys and values for grouped heads; else what transformers does.
+
+    Raises:
+        NotImplementedError: the model asks for something of attention that is not computed here.
+    """
+    refuse_unknown_attention(kwargs)
     rows, heads, queries, dim = query.shape
     groups = heads // key.shape[1]
     if queries != 1 or groups == 1 or attention_mask is None:

@@ -34,8 +34,9 @@ def choose(options: BackendOptions, device: str) -> str:
     return "torch" if why else "vllm"
 
 
-def open_backend(options: BackendOptions, model: Any, tokenizer: Any, device: str) -> Backend:
-    """An engine holding its own copy of `model`'s weights, in its own precision (`options.dtype`).
+def open_backend(options: BackendOptions, model: Any, tokenizer: Any, device: str, turns: frozenset[int] = frozenset()) -> Backend:
+    """An engine holding its own copy of `model`'s weights, in its own precision (`options.dtype`). `turns`: ids that end a response beside
+    those that the model names.
 
     Raises:
         ValueError: see `choose`, or the model does not fit the engine.
@@ -46,6 +47,7 @@ def open_backend(options: BackendOptions, model: Any, tokenizer: Any, device: st
         "dtype": options.dtype,
         "device": device,
         "max_context": options.max_context or None,
+        "turns": turns,
     }
     if choose(options, device) == "vllm":
         from .vllm import VllmBackend
@@ -56,7 +58,9 @@ def open_backend(options: BackendOptions, model: Any, tokenizer: Any, device: st
     return TorchBackend(model, tokenizer, **shared)
 
 
-def open_server(url: str, described: Described, *, model: str, planned: Sequence[SamplingParams], options: BackendOptions) -> ServerBackend:
+def open_server(
+    url: str, described: Described, *, model: str, planned: Sequence[SamplingParams], options: BackendOptions, turns: frozenset[int]
+) -> ServerBackend:
     """The engine behind `url`, which has to serve, under the name `model` if it serves several, the model that is `described` here; of
     `options` capacity, max_context and timeout_s count. The environment variable RLZOO_API_KEY holds its key, if it wants one.
 
@@ -70,7 +74,7 @@ def open_server(url: str, described: Described, *, model: str, planned: Sequence
     return ServerBackend(
         url,
         described.tokenizer,
-        eos_ids=end_ids(described.tokenizer, described),
+        eos_ids=end_ids(described.tokenizer, described, turns),
         vocabulary=int(described.config.get_text_config().vocab_size),
         max_context=context_length(described.config, options.max_context or None),
         model=model,

@@ -52,7 +52,8 @@ class TorchBackend:
     `model` is copied, in `dtype` (None: its own), unless `share` says that the trainer's own module is to be used. `capacity`
     paths run at once, half as many whenever memory runs out (or would, for the longest paths that were asked for);
     prefixes kept for forks take at most `cache_bytes` (an evicted one is computed again from its context). Results depend
-    on capacity and order only through the rounding of the model's arithmetic: in float64 the same tokens are drawn.
+    on capacity and order only through the rounding of the model's arithmetic: in float64 the same tokens are drawn. `turns`: ids that
+    end a response beside those that the model names.
 
     Raises:
         ValueError: sliding-window, state-space or unequal layers; a tokenizer with more ids than the model.
@@ -71,6 +72,7 @@ class TorchBackend:
         threads: int | None = None,
         share: bool = False,
         trace: bool = False,
+        turns: Iterable[int] = (),
     ) -> None:
         if capacity < 1:
             raise ValueError(f"the torch backend's capacity is {capacity}; it must be at least 1")
@@ -83,10 +85,13 @@ class TorchBackend:
             self.model = model
         else:
             self.model = copy_of(model, floating_type(dtype)).to(self.device).eval().requires_grad_(False)
-            self.model.set_attn_implementation(ATTENTION)
+            try:
+                self.model.set_attn_implementation(ATTENTION)
+            except (ValueError, AttributeError, ImportError) as error:
+                raise ValueError(f"the torch backend cannot replace this model's attention: {error}") from error
         self.tokenizer, self.capacity, self.version = tokenizer, capacity, 0
         self.vocabulary = int(self.model.get_output_embeddings().weight.shape[0])
-        self.eos_ids = end_ids(tokenizer, model)
+        self.eos_ids = end_ids(tokenizer, model, turns)
         self.forbidden = torch.tensor(forbidden_ids(tokenizer, self.vocabulary), dtype=torch.long, device=self.device)
         self._is_eos = np.zeros(self.vocabulary, bool)
         self._is_eos[[i for i in self.eos_ids if i < self.vocabulary]] = True

@@ -89,6 +89,7 @@ class VllmBackend:
         sleep: bool = False,
         timeout_s: float = 45.0,
         trace: bool = False,
+        turns: Iterable[int] = (),
     ) -> None:
         own = floating_type(dtype) or model.dtype
         name = str(own).removeprefix("torch.")
@@ -96,7 +97,7 @@ class VllmBackend:
             raise ValueError(why)
         self.tokenizer, self.capacity, self.timeout_s, self.version = tokenizer, capacity, timeout_s, 0
         self.max_context = context_length(model.config, max_context)
-        self.eos_ids = end_ids(tokenizer, model)
+        self.eos_ids = end_ids(tokenizer, model, turns)
         self.block = BLOCK[device.partition(":")[0]]
         vocabulary = int(model.get_output_embeddings().weight.shape[0])
         self.forbidden = forbidden_ids(tokenizer, vocabulary)

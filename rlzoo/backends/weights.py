@@ -70,9 +70,10 @@ def context_length(config: Any, wanted: int | None) -> int:
     Raises:
         ValueError: more is wanted than the model allows, or neither says anything.
     """
-    allowed = next((int(v) for k in ("max_position_embeddings", "n_positions") if (v := getattr(config, k, None))), None)
+    names = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length")
+    allowed = next((int(v) for k in names if isinstance(v := getattr(config, k, None), int) and v > 0), None)
     if wanted is None and allowed is None:
-        raise ValueError("the model's config does not state its context length; pass max_context")
+        raise ValueError("the model's config does not state its context length; say it with --backend.max-context")
     if wanted is not None and (wanted < 2 or (allowed is not None and wanted > allowed)):
         raise ValueError(f"max_context is {wanted}; the model allows 2 to {allowed} tokens")
     return wanted if wanted is not None else int(allowed or 0)
@@ -91,7 +92,7 @@ def check_full_attention(config: Any, max_context: int) -> None:
     window = getattr(config, "sliding_window", None)
     slides = "sliding_attention" in kinds or (not getattr(config, "layer_types", None) and getattr(config, "use_sliding_window", True))
     if slides and window is not None and window < max_context:
-        raise ValueError(f"the model's attention slides over {window} tokens; choose max_context of at most {window}")
+        raise ValueError(f"the model's attention slides over {window} tokens; choose --backend.max-context of at most {window}")
 
 
 def floating_type(dtype: torch.dtype | str | None) -> torch.dtype | None:

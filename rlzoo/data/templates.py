@@ -79,6 +79,34 @@ def find_template(name: str) -> Template:
     return found
 
 
+def turn_ends(template: str, tokenizer: Any) -> frozenset[int]:
+    """Ids that end the assistant's turn in a template, and so a response, whether or not the model's configs name them: a base model
+    that writes <|im_end|> after its answer has ended it. A plug-in names its own in an attribute `turn_ends`, a function of the tokenizer.
+
+    Raises:
+        ValueError: no such template.
+    """
+    function = find_template(template)
+    if template == "qwen-boxed":
+        found = tokenizer.get_vocab().get("<|im_end|>")
+        return frozenset() if found is None else frozenset({int(found)})
+    if template == "chat":
+        return _chat_end(tokenizer)
+    named = getattr(function, "turn_ends", None)
+    return frozenset() if named is None else frozenset(int(i) for i in named(tokenizer))
+
+
+def _chat_end(tokenizer: Any) -> frozenset[int]:
+    """The special token that a chat template writes behind the assistant's text, if it writes one."""
+    if not getattr(tokenizer, "chat_template", None):
+        return frozenset()
+    turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "ANSWER"}]
+    behind = str(tokenizer.apply_chat_template(turns, tokenize=False)).rpartition("ANSWER")[2].strip()
+    ids = tokenizer.encode(behind, add_special_tokens=False) if behind else []
+    added = {int(i) for i in getattr(tokenizer, "added_tokens_decoder", {})} | set(tokenizer.all_special_ids)
+    return frozenset(int(i) for i in ids[:1] if int(i) in added)
+
+
 def render(template: str, problem: Problem, tokenizer: Any) -> list[int]:
     """Token ids of the prompt, int list. BOS stands in front once if the tokenizer wants one; an EOS never follows.
 

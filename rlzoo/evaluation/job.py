@@ -16,7 +16,7 @@ import torch
 from ..backends.protocol import Backend, SamplingParams
 from ..backends.select import choose, open_backend, open_server
 from ..data.problems import Problem
-from ..data.templates import render
+from ..data.templates import render, turn_ends
 from ..errors import one_line
 from ..escape import visible
 from ..report.evaluated import print_evaluation
@@ -29,6 +29,7 @@ from ..store.files import locked, remove_partials, taken_back
 from ..store.runs import RunFolder, read_rows, to_json, write_aside
 from ..training.interrupts import Interrupts
 from ..training.models import describe_model, load_model, pick_device, weights_sha256
+from ..training.opening import prove_opening
 from .options import EvalConfig
 from .rows import Protocol, describe_sets, engine_name, result_row
 from .runner import Grades, Row, SetResult, Sink, complete, evaluate
@@ -131,7 +132,7 @@ def run_eval(config: EvalConfig, *, out: Path | None = None, resume: bool = Fals
             folder.write_config(config.to_dict())
         try:
             torch.set_num_threads(config.backend.threads or os.cpu_count() or 1)
-            backend, ledger = _open_engine(config)
+            backend, ledger = _open_engine(config, plan.template)
             with closing(backend), closing(MathReward(plan.grader)) as reward:
                 _check_lengths(plan, backend)
                 stays()  # until here nothing has happened, and what is there would block the corrected command
@@ -144,19 +145,28 @@ def run_eval(config: EvalConfig, *, out: Path | None = None, resume: bool = Fals
     return _ended(path, row, "")
 
 
-def _open_engine(config: EvalConfig) -> tuple[Backend, Ledger]:
+def _open_engine(config: EvalConfig, template: str) -> tuple[Backend, Ledger]:
     """What samples, and the ledger of its device. A server's devices are unknown: it counts as one device of that name."""
     if not config.backend_url:
         ledger = open_ledger(pick_device(config.backend.device))
         loaded = load_model(config.model, dtype=config.backend.dtype, device=config.backend.device)
-        return open_backend(config.backend, loaded.model, loaded.tokenizer, loaded.device), ledger
+        turns = turn_ends(template, loaded.tokenizer)
+        backend = open_backend(config.backend, loaded.model, loaded.tokenizer, loaded.device, turns)
+        try:
+            prove_opening(backend, loaded.model, config.backend.dtype)
+        except BaseException:
+            backend.close()
+            raise
+        return backend, ledger
     ledger = Ledger(1, "server")
+    described = describe_model(config.model)
     backend = open_server(
         config.backend_url,
-        describe_model(config.model),
+        described,
         model=config.served_model,
         planned=[SamplingParams(config.temperature, config.top_p), *[SamplingParams(0)] * config.greedy],
         options=config.backend,
+        turns=turn_ends(template, described.tokenizer),
     )
     return backend, ledger
 

@@ -6,6 +6,7 @@ made again in the backward pass. This sits below the loss: every loss sees plain
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -25,12 +26,13 @@ def token_logprobs(
     bias: Tensor | None = None,
     temperature: float = 1.0,
     vocab_size: int | None = None,
+    holes: Sequence[int] = (),
     chunk_bytes: int | None = None,
     entropy: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """Log-probs [n] of `targets` int64 [n] under softmax(hidden @ weight.T + bias) at `temperature`, over the first
-    `vocab_size` ids only (ids from there on have probability 0, as in sampling); and, on request, the entropies [n],
-    in nats.
+    `vocab_size` ids only (ids from there on have probability 0, as in sampling, and so have those of `holes`); and, on
+    request, the entropies [n], in nats.
 
     `hidden` [n, H], `weight` [V, H], `bias` [V]. At most `chunk_bytes` of logits, in the precision that their log-probs
     are taken in, are made at once (or one token's; None: CHUNK_BYTES).
@@ -48,20 +50,25 @@ def token_logprobs(
     most = chunk_bytes or CHUNK_BYTES.get(hidden.device.type, CHUNK_BYTES["cpu"])
     rows = max(1, most // (vocab * width))
     if hidden.shape[0] <= rows:
-        logits = _linear(hidden, weight[:vocab], None if bias is None else bias[:vocab])
+        logits = _without(_linear(hidden, weight[:vocab], None if bias is None else bias[:vocab]), holes)
         logprobs = (logits / temperature).log_softmax(-1)
         picked = logprobs.gather(1, targets[:, None]).squeeze(1)
         return picked, _entropy(logprobs) if entropy else None
     # The whole weight, sliced inside: autograd would copy the gradient of a slice into one of the whole.
-    return _Chunked.apply(hidden, weight, bias, targets, temperature, rows, entropy, vocab)  # type: ignore[no-untyped-call,no-any-return]
+    return _Chunked.apply(hidden, weight, bias, targets, temperature, rows, entropy, vocab, tuple(holes))  # type: ignore[no-untyped-call,no-any-return]
 
 
 def logits_logprobs(
-    logits: Tensor, targets: Tensor, *, temperature: float, vocab_size: int | None, entropy: bool
+    logits: Tensor, targets: Tensor, *, temperature: float, vocab_size: int | None, entropy: bool, holes: Sequence[int] = ()
 ) -> tuple[Tensor, Tensor | None]:
     """The same from given logits [n, V], for models that change their logits after the head."""
-    logprobs = (_up(logits)[:, :vocab_size] / temperature).log_softmax(-1)
+    logprobs = (_without(_up(logits)[:, :vocab_size], holes) / temperature).log_softmax(-1)
     return logprobs.gather(1, targets[:, None]).squeeze(1), _entropy(logprobs) if entropy else None
+
+
+def _without(logits: Tensor, holes: Sequence[int]) -> Tensor:
+    """Logits with those of impossible ids at -inf."""
+    return logits.index_fill(1, torch.tensor(holes, device=logits.device), -torch.inf) if holes else logits
 
 
 def _linear(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -92,11 +99,12 @@ class _Chunked(torch.autograd.Function):
         rows: int,
         entropy: bool,
         vocab: int,
+        holes: tuple[int, ...],
     ) -> tuple[Tensor, Tensor | None]:
         device = hidden.device.type
         # backward runs outside autocast: remember the precision, so that both passes see the same logits
         ctx.dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
-        ctx.temperature, ctx.rows, ctx.vocab = temperature, rows, vocab
+        ctx.temperature, ctx.rows, ctx.vocab, ctx.holes = temperature, rows, vocab, holes
         head, offset = _cast_head(ctx, weight, bias)
         picked, normalisers, entropies = [], [], []
         for i in range(0, len(targets), rows):
@@ -138,7 +146,7 @@ class _Chunked(torch.autograd.Function):
             grad_hidden,
             None if grad_weight is None else grad_weight.to(weight.dtype),
             None if grad_bias is None or bias is None else grad_bias.to(bias.dtype),
-            *[None] * 5,
+            *[None] * 6,
         )
 
 
@@ -167,4 +175,4 @@ def _cast_head(ctx: Any, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, T
 def _chunk_logits(ctx: Any, hidden: Tensor, head: Tensor, bias: Tensor | None) -> Tensor:
     with torch.autocast(hidden.device.type, enabled=False):
         logits: Tensor = _up(F.linear(hidden.to(ctx.dtype), head, bias)).div_(ctx.temperature)
-    return logits
+    return _without(logits, ctx.holes)

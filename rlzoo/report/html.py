@@ -287,7 +287,7 @@ def _results(runs: Sequence[RunData]) -> str:
         parts = [f"<h4>{escape(title)}</h4>{_table(names, lines)}" for title, names, lines in both(table)]
         notes = "".join(f"<li>{escape(line)}</li>" for line in caption(table))
         details.append(f"<details><summary>All sets of {escape(run.label)}</summary>{''.join(parts)}<ul>{notes}</ul></details>")
-    told = "<p class=note>Pass@1 at temperature 1, the plain mean over the sets; all intervals are over problems.</p>"
+    told = "<p class=note>Pass@1 of sampled responses, the mean over the sets; all intervals are over problems.</p>"
     return _table([*head, "device-hours"], rows) + told + "".join(details)
 
 

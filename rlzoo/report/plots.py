@@ -136,7 +136,7 @@ def lengths(runs: Sequence[RunData], sampled: Mapping[str, Mapping[int, Sequence
     for run in runs:
         measured = {model: _measured(run, model) for model in ("base", "trained")}
         if all(len(v) for v in measured.values()):
-            found += [(run.label, model, "evaluation at T = 1", v) for model, v in measured.items()]
+            found += [(run.label, model, "evaluation, sampled", v) for model, v in measured.items()]
             continue
         steps = sorted(sampled.get(run.label, {}))
         for step in dict.fromkeys([steps[0], steps[-1]] if steps else []):

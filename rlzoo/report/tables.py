@@ -60,8 +60,8 @@ class Line:
 
 @dataclass(frozen=True, slots=True)
 class Gain:
-    """What training changed on one set (or overall), paired over problems: Pass@1 at T = 1, trained - base; greedy, trained - base;
-    trained at T = 1 - base greedy, which is above 0 only if training did more than sharpen; length trained / base."""
+    """What training changed on one set (or overall), paired over problems: Pass@1 of sampled responses, trained - base; greedy, trained -
+    base; sampled, trained - base greedy, which is above 0 only if training did more than sharpen; length trained / base."""
 
     set: str
     pass_at_1: Estimate
@@ -84,6 +84,7 @@ class FinalTable:
     device: str
     notes: Sequence[str] = ()
     weighting: str = PLAIN_MEAN
+    temperature: float = 1.0
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data for a result row."""
@@ -93,6 +94,7 @@ class FinalTable:
             "device": self.device,
             "notes": list(self.notes),
             "weighting": self.weighting,
+            "temperature": self.temperature,
         }
 
     @classmethod
@@ -103,7 +105,7 @@ class FinalTable:
             cost = Cost(row["sampled_tokens"], row["device_hours"]) if "device_hours" in row else None
             lines.append(Line(**{n: _read(n, row[n]) for n in Line.__slots__ if n != "cost"}, cost=cost))
         gains = [Gain(**{n: _read(n, row[n]) for n in Gain.__slots__}) for row in plain["gains"]]
-        return cls(lines, gains, plain["device"], plain["notes"], plain.get("weighting", PLAIN_MEAN))
+        return cls(lines, gains, plain["device"], plain["notes"], plain.get("weighting", PLAIN_MEAN), plain.get("temperature", 1.0))
 
 
 def _read(name: str, value: Any) -> Any:
@@ -151,7 +153,8 @@ def final_table(
         lines = [_with_cost(lines[0], Cost()), _with_cost(lines[1], cost)]
     failed = sum(r.failed + (r.greedy.failed if r.greedy else 0) for results in (base, trained) for r in results.values())
     extra = [f"{failed} gradings failed and are left out"] if failed else []
-    return FinalTable(lines, gains, device, [*notes, *extra], weighting(weights or {}))
+    temperature = next(iter(base.values())).temperature
+    return FinalTable(lines, gains, device, [*notes, *extra], weighting(weights or {}), temperature)
 
 
 def _line(name: str, model: str, result: SetResult) -> Line:
@@ -232,7 +235,7 @@ def _cells(table: FinalTable) -> tuple[list[str], list[list[str]]]:
     head = [
         "set",
         "model",
-        "Pass@1 at T=1, % [95 %]",
+        f"Pass@1 at T={table.temperature:g}, % [95 %]",
         "greedy, %",
         f"pass@{k}, %",
         "length",
@@ -249,7 +252,8 @@ def _cells(table: FinalTable) -> tuple[list[str], list[list[str]]]:
 
 
 def _gain_cells(table: FinalTable) -> tuple[list[str], list[list[str]]]:
-    head = ["set", "Pass@1 at T=1, points [95 %]", "greedy, points", "trained at T=1 - base greedy, points", "length ratio"]
+    at = f"T={table.temperature:g}"
+    head = ["set", f"Pass@1 at {at}, points [95 %]", "greedy, points", f"trained at {at} - base greedy, points", "length ratio"]
     rows = [[g.set, points(g.pass_at_1), points(g.greedy), points(g.over_base_greedy), f"{g.length_ratio:.2f}"] for g in table.gains]
     return head, rows
 

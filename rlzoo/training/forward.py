@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -66,7 +67,14 @@ def forward_of(model: nn.Module, layout: Layout) -> AbstractContextManager[None]
 
 
 def pack_logprobs(
-    model: nn.Module, pack: Pack, head: Head, *, temperature: float, vocab_size: int | None, entropy: bool = False
+    model: nn.Module,
+    pack: Pack,
+    head: Head,
+    *,
+    temperature: float,
+    vocab_size: int | None,
+    holes: Sequence[int] = (),
+    entropy: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """Log-probs [trained] of the pack's targets and, on request, the entropies [trained] there.
 
@@ -84,7 +92,7 @@ def pack_logprobs(
     source, targets = torch.as_tensor(pack.source, device=device), torch.as_tensor(pack.target_ids, device=device)
     if not head.plain:
         logits = model(**inputs).logits.flatten(0, 1)[source]
-        return logits_logprobs(logits, targets, temperature=temperature, vocab_size=vocab_size, entropy=entropy)
+        return logits_logprobs(logits, targets, temperature=temperature, vocab_size=vocab_size, holes=holes, entropy=entropy)
     hidden = model.get_decoder()(**inputs).last_hidden_state  # type: ignore[operator]
     output = model.get_output_embeddings()  # type: ignore[operator]
     return token_logprobs(
@@ -94,5 +102,6 @@ def pack_logprobs(
         bias=output.bias,
         temperature=temperature,
         vocab_size=vocab_size,
+        holes=holes,
         entropy=entropy,
     )

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from transformers import set_seed
 
+from ..backends.drawing import known_vocabulary
 from ..backends.memory import free
 from ..backends.select import choose, open_backend
 from ..config import RunConfig, build
@@ -23,7 +24,7 @@ from ..credit.whitening import unwhitened, whiten_trained
 from ..data.loading import load_problems
 from ..data.problems import Problem, checksum
 from ..data.stream import ProblemStream
-from ..data.templates import fitting
+from ..data.templates import fitting, turn_ends
 from ..errors import one_line
 from ..escape import visible
 from ..evaluation.rows import result_row
@@ -50,6 +51,7 @@ from .forward import recompute_layers
 from .interrupts import Interrupts
 from .measure import Measurer, final_suite
 from .models import LoadedModel, load_model, pick_device, weights_sha256
+from .opening import prove_opening
 from .optim import make_optimizer
 from .rates import refuse_embedded_rate
 from .retry import TokenBudget
@@ -138,7 +140,9 @@ class Trainer:
         self.updates = 0  # taken since the start of this process
         self.optimizer.register_step_post_hook(self._count_update)
         self.reference = copy.deepcopy(self.model).requires_grad_(False) if "ref_logprobs" in self.algorithm.loss.needs else None
-        self.backend = open_backend(config.backend, self.model, loaded.tokenizer, loaded.device)
+        ends = turn_ends(config.template, loaded.tokenizer)
+        self.backend = open_backend(config.backend, self.model, loaded.tokenizer, loaded.device, ends)
+        prove_opening(self.backend, self.model, config.backend.dtype)
         self.progress = Progress(max(1, self.algorithm.schedule.steps))
         for said in (switch_off_dropout(self.model), config.correction.told(config.corrections)):
             if said:
@@ -306,7 +310,7 @@ class Trainer:
 
         computation: dict[str, Any] = {
             "temperature": self.algorithm.sampler.sampling.temperature,
-            "vocab_size": len(self.backend.tokenizer),
+            **known_vocabulary(self.backend.tokenizer)._asdict(),
             "token_budget": self.token_budget,
             "layout": self.layout,
             "autocast_dtype": torch.bfloat16 if self.config.trainer_dtype == "bfloat16" else None,

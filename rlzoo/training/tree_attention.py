@@ -19,11 +19,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
+from ..backends.kvcache import refuse_unknown_attention
 from .attention_forms import aligned, attend, form_on
 from .packing import Attention, Group
 
 NAME = "rlzoo_tree"
-REFUSED = ("softcap", "s_aux", "position_bias")  # what some models pass to attention and this function does not compute
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,9 +89,9 @@ def tree_attention(
 ) -> tuple[Tensor, None]:
     """An attention function in transformers' interface: query [1, heads, slots, d], key and value [1, key heads, slots, d];
     returns [1, slots, heads, d]."""
-    refused = [k for k in REFUSED if kwargs.get(k) is not None]
-    if rlzoo_tree is None or refused:
-        raise NotImplementedError(f"packed attention does not compute {refused or 'a pass without its plan'}")
+    refuse_unknown_attention(kwargs)
+    if rlzoo_tree is None:
+        raise NotImplementedError("packed attention needs the plan of a pack")
     if torch.is_autocast_enabled(query.device.type) and query.dtype != torch.float64:  # before the gather, which then copies half as much
         query, key, value = (x.to(torch.get_autocast_dtype(query.device.type)) for x in (query, key, value))
     form = form_on(query.device, query.dtype, query.shape[1], key.shape[1], query.shape[3])

@@ -40,8 +40,8 @@ class NonFiniteError(RuntimeError):
 
 @dataclass(frozen=True)
 class ForwardOptions:
-    """How trees pass through the model. `vocab_size`: ids of the tokenizer (those beyond have probability 0; None: all of the
-    head). `token_budget`: rows · length of one pack. `autocast_dtype`: what forward passes compute in, None for the model's own."""
+    """How trees pass through the model. `vocab_size`: ids of the tokenizer (those beyond have probability 0, and so have `holes`; None: all
+    of the head). `token_budget`: rows · length of one pack. `autocast_dtype`: what forward passes compute in, None for the model's own."""
 
     temperature: float = 1.0
     vocab_size: int | None = None
@@ -49,6 +49,7 @@ class ForwardOptions:
     layout: Layout = "packed"
     autocast_dtype: torch.dtype | None = None
     entropy: bool = False
+    holes: Sequence[int] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,7 +95,7 @@ def gradients(
     for p in packs:
         with forward_of(model, options.layout), autocast(device, options.autocast_dtype):
             logprobs, entropy = pack_logprobs(
-                model, p, head, temperature=options.temperature, vocab_size=options.vocab_size, entropy=options.entropy
+                model, p, head, temperature=options.temperature, vocab_size=options.vocab_size, holes=options.holes, entropy=options.entropy
             )
         batch = _token_batch(flat, p, logprobs, entropy)
         value = loss(batch)
@@ -142,6 +143,7 @@ def update(
     *,
     temperature: float = 1.0,
     vocab_size: int | None = None,
+    holes: Sequence[int] = (),
     token_budget: int | TokenBudget = DEFAULT_TOKEN_BUDGET,
     layout: Layout = "packed",
     correction: CorrectionOptions = NO_CORRECTION,
@@ -180,7 +182,7 @@ def update(
     if mini_batches < 1 or epochs < 1:
         raise ValueError(f"mini_batches is {mini_batches} and epochs is {epochs}; both must be at least 1")
     budget = token_budget if isinstance(token_budget, TokenBudget) else TokenBudget(token_budget, message)
-    options = ForwardOptions(temperature, vocab_size, budget.tokens, layout, autocast_dtype, entropy or "entropy" in loss.needs)
+    options = ForwardOptions(temperature, vocab_size, budget.tokens, layout, autocast_dtype, entropy or "entropy" in loss.needs, holes)
     if len(trees) != len(credits):
         raise ValueError(f"{len(trees)} trees but {len(credits)} credits")
     head, was_training = Head.of(model), model.training
@@ -237,6 +239,7 @@ def score(
     *,
     temperature: float = 1.0,
     vocab_size: int | None = None,
+    holes: Sequence[int] = (),
     token_budget: int | TokenBudget = DEFAULT_TOKEN_BUDGET,
     layout: Layout = "packed",
     autocast_dtype: torch.dtype | None = None,
@@ -256,7 +259,7 @@ def score(
     def attempt(tokens: int) -> None:
         for p in pack(trees, wanted, tokens, layout=layout)[0]:
             with torch.no_grad(), forward_of(model, layout), autocast(device, autocast_dtype):
-                values, _ = pack_logprobs(model, p, head, temperature=temperature, vocab_size=vocab_size)
+                values, _ = pack_logprobs(model, p, head, temperature=temperature, vocab_size=vocab_size, holes=holes)
             flat[p.target] = values.float().cpu().numpy()
 
     model.eval()
@@ -292,6 +295,7 @@ def _before(
         trees,
         temperature=options.temperature,
         vocab_size=options.vocab_size,
+        holes=options.holes,
         token_budget=budget,
         layout=options.layout,
         autocast_dtype=options.autocast_dtype,
