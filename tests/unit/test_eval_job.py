@@ -311,7 +311,7 @@ def test_segments_fill_the_responses():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"k": 0}, "^k is 0; at least 1"),
+        ({"k": 0}, "^k is 0; allowed: a whole number from 1 to 65536 or none"),
         ({"k": 2, "temperature": 0.0}, "temperature 0 is greedy decoding"),
         ({"k": 1, "temperature": 0.0, "greedy": True}, "temperature 0 is greedy decoding"),
         ({"temperature": -1.0}, "temperature is -1.0"),
@@ -319,13 +319,18 @@ def test_segments_fill_the_responses():
         ({"max_response_tokens": 0}, "^max_response_tokens is 0"),
         ({"seed": -1}, "seed is -1"),
         ({"sampler": "segments", "max_response_tokens": 100}, "^segments.depth is 8, which does not divide max_response_tokens = 100"),
-        ({"sampler": "segments", "segments": SegmentOptions(depth=0)}, "^segments.depth is 0"),
+        ({"sampler": "segments", "segments": SegmentOptions(depth=7)}, "^segments.depth is 7, which does not divide"),
         ({"sampler": "segments", "k": 4}, r"^segments.initial is \(2, 8\).* to k = 4"),
     ],
 )
 def test_options_that_cannot_be(options, message):
     with pytest.raises(ValueError, match=message):
         EvalConfig("tiny", **options)
+
+
+def test_segments_have_levels():
+    with pytest.raises(ValueError, match=r"^segments.depth is 0; allowed: a whole number from 1 to 4096$"):
+        SegmentOptions(depth=0)
 
 
 def test_a_suite_without_one_template_wants_one(monkeypatch):
