@@ -184,9 +184,11 @@ def test_arms_take_overrides_files_and_what_is_common(tmp_path):
 
 
 def test_a_budget_needs_a_kind_and_a_plan_what_it_can_do(tmp_path):
-    for bad in ({"limit": "tokens"}, {"budget": 5.0}, {"limit": "tokens", "budget": -1.0}):
+    for bad in ({"limit": "tokens"}, {"budget": 5.0}):
         with pytest.raises(ValueError, match="a limit needs a budget above 0"):
             Schedule(**bad)
+    with pytest.raises(ValueError, match=r"schedule.budget is -1.0; allowed: a number of at least 0"):
+        Schedule(limit="tokens", budget=-1.0)
     arms = parse_arms("grpo,treerpo")
     for bad in ({"seeds": 0}, {"jobs": 0}, {"budget": 0.0}, {"budget": 1.5}):
         with pytest.raises(ValueError, match="must be"):
