@@ -153,7 +153,7 @@ def test_what_cannot_be_compared_is_refused_in_a_sentence(tmp_path, capsys):
     twice = make_run(tmp_path / "twice", "grpo", 0, 0.5)
     assert "a seed twice" in complaint(capsys, first, second, twice)
     (tmp_path / "twice" / "summary.json").write_text('{"schema_version": 1')
-    assert "half of it" in complaint(capsys, first, second, twice)
+    assert "is not JSON" in complaint(capsys, first, second, twice)
 
 
 @pytest.mark.parametrize(
