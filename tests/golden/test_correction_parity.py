@@ -14,7 +14,7 @@ from rlzoo.losses.aggregate import TokenWeights, aggregate
 from rlzoo.losses.correction import CorrectionOptions, correct, log_ratios
 from rlzoo.losses.policy import PolicyLoss
 from rlzoo.training.update import ForwardOptions, gradients, update
-from tests.reference import VOCAB, Options, occurrence, path_logprobs, random_credit, random_tree, tiny_model
+from tests.reference import VOCAB, Options, occurrence, path_distributions, path_logprobs, random_credit, random_tree, tiny_model
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,7 @@ class Old:
 
     logprobs: np.ndarray
     ref_logprobs: np.ndarray
+    tokens: np.ndarray
 
 
 def rows_of(tree, credit):
@@ -50,10 +51,10 @@ def unrolled_loss(model, before, trees, credits, o: Options, c: CorrectionOption
                 if not (c.low <= mean <= c.high and all(c.token_low <= ratio[t] <= c.token_high for _, t, _ in members)):
                     masked += 1
                     continue
-            old = Old(trainer, tree.ref_logprobs) if c.old_logprobs == "recomputed" else tree
+            old = Old(trainer, tree.ref_logprobs, tree.tokens) if c.old_logprobs == "recomputed" else tree
             terms = []
             for n, t, advantage in members:
-                value = occurrence(path_logprobs(model, tree, n, o.temperature)[t], old, t, advantage, o)
+                value = occurrence(path_distributions(model, tree, n, o.temperature)[t], old, t, advantage, o)
                 terms.append(value * min(ratio[t], c.cap) if c.importance == "truncated" else value)
             kept.append((weight, terms))
     count, rows = sum(len(t) for _, t in kept), sum(len(t) > 0 for _, t in kept)
@@ -79,7 +80,7 @@ def packed_gradients(model, before, trees, credits, o: Options, c: CorrectionOpt
     corrected = correct(trees, credits, log_ratio, c)
     old = scores if c.old_logprobs == "recomputed" else [t.logprobs for t in trees]
     old = [np.where(np.isnan(x), np.float32(np.nan), v) for x, v in zip(log_ratio, old, strict=True)]
-    loss = PolicyLoss(o.clip_low, o.clip_high, o.dual_clip, o.kl_coef, o.aggregation, o.constant_tokens)
+    loss = PolicyLoss(o.clip_low, o.clip_high, o.dual_clip, o.kl_coef, o.entropy_coef, o.aggregation, o.constant_tokens)
     weights, _ = aggregate(trees, corrected.credits, o.aggregation, constant_tokens=o.constant_tokens, old_logprobs=old)
     if corrected.importance is not None:
         weights = [TokenWeights.scaled(w, f) for w, f in zip(weights, corrected.importance, strict=True)]
@@ -162,7 +163,7 @@ def test_update_makes_the_corrected_step(correction, layout):
     value.backward()
     expected = grads(model)
     start = {n: p.detach().clone() for n, p in model.named_parameters()}
-    loss = PolicyLoss(o.clip_low, o.clip_high, o.dual_clip, o.kl_coef, o.aggregation, o.constant_tokens)
+    loss = PolicyLoss(o.clip_low, o.clip_high, o.dual_clip, o.kl_coef, o.entropy_coef, o.aggregation, o.constant_tokens)
     metrics = update(
         model, torch.optim.SGD(model.parameters(), lr=1.0), trees, credits, loss, vocab_size=VOCAB, max_grad_norm=None,
         temperature=o.temperature, layout=layout, correction=correction,

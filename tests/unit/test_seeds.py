@@ -18,8 +18,8 @@ def trained(
     plain = row(seed=seed, engine=engine)
     own = plain["overall"].pop("model")
     made = json.loads(json.dumps(own)) | {"length": own["length"] | {"mean": length}}
-    made["pass_at_1"]["mean"] = share
-    made["greedy"] = None if greedy is None else own["pass_at_1"] | {"mean": greedy}
+    made["pass_at_1"] |= {"mean": share, "low": share - 0.1, "high": share + 0.1}
+    made["greedy"] = None if greedy is None else own["pass_at_1"] | {"mean": greedy, "low": greedy - 0.1, "high": greedy + 0.1}
     plain["overall"] = {"base": own, "trained": made}
     plain["results"] = dict.fromkeys(("base", "trained"), plain["results"].pop("model"))
     plain["config"] |= {"algo": algo} | config
