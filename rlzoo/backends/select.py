@@ -59,7 +59,13 @@ def open_backend(options: BackendOptions, model: Any, tokenizer: Any, device: st
 
 
 def open_server(
-    url: str, described: Described, *, model: str, planned: Sequence[SamplingParams], options: BackendOptions, turns: frozenset[int]
+    url: str,
+    described: Described,
+    *,
+    model: str,
+    planned: Sequence[SamplingParams],
+    options: BackendOptions,
+    turns: frozenset[int] = frozenset(),
 ) -> ServerBackend:
     """The engine behind `url`, which has to serve, under the name `model` if it serves several, the model that is `described` here; of
     `options` capacity, max_context and timeout_s count. The environment variable RLZOO_API_KEY holds its key, if it wants one.
