@@ -183,7 +183,8 @@ def test_a_broken_row_is_named_and_nothing_is_lost(begun, tmp_path, capsys, smal
     broken = '{"set": "mini\n' + text
     (folder / "samples.jsonl").write_text(broken)
     assert main(["eval", "--resume", "--out", str(folder)]) == 1
-    assert "line 1 of samples.jsonl is not JSON" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "line 1 of " in said and "samples.jsonl is not JSON" in said
     assert (folder / "samples.jsonl").read_text() == broken
 
 
@@ -208,7 +209,7 @@ BAD = [
     (["tiny", "--suite", "nosuch"], "unknown suite 'nosuch'; known:"),
     (["--suite", "mini"], "no model given; rlzoo eval MODEL"),
     (["./nosuch"], "model folder './nosuch' does not exist"),
-    (["tiny", "--k", "0"], "k is 0; at least 1 response per problem is needed"),
+    (["tiny", "--k", "0"], "k is 0; allowed: a whole number from 1 to 65536 or none"),
     (["tiny", "--k", "some"], "--k some is not allowed"),
     (["tiny", "--temperature", "0"], "temperature 0 is greedy decoding"),
     (["tiny", "--temperature", "0", "--k", "2"], "temperature 0 is greedy decoding"),
@@ -291,7 +292,7 @@ def test_recorded_outputs_are_graded_without_a_box(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["nosuch.jsonl"], "cannot read outputs nosuch.jsonl"),
+        (["nosuch.jsonl"], "cannot read nosuch.jsonl"),
         ([], "expected at least one argument"),
         (["{good}", "--k", "3"], "'--k' does not go with"),
     ],

@@ -429,7 +429,7 @@ def test_a_backend_that_raises_in_the_middle_of_a_tree(error, command, tmp_path,
         yield from real_grow(*args, step=step, **kwargs)
 
     def step(self):
-        if now["step"] == 1 and self._running:
+        if now.get("step") == 1 and self._running:
             raise error("the engine is gone")
         return real_step(self)
 
