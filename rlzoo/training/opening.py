@@ -16,10 +16,11 @@ import numpy as np
 import torch
 
 from ..backends.drawing import forbidden_ids, log_probs
-from ..backends.protocol import Backend, SamplingParams, SegmentRequest, SegmentResult
+from ..backends.protocol import Backend, SamplingParams, SegmentRequest
 from ..sampling.grow import next_request_id
 from ..sampling.seeds import mix
 from ..tree import Float64, Int32
+from .sync import sample
 
 TOLERANCE = {"float64": 1e-3, "float32": 1e-3, "bfloat16": 0.1, "float16": 0.03}  # mean deviation of log-probs that rounding explains
 SHORT_TOKENS, LONG_TOKENS = 12, 96
@@ -107,13 +108,8 @@ def _gaps(backend: Backend, model: Any, length: int, max_context: int) -> Float6
     prompt = np.resize(np.random.default_rng(length).permutation(known), length).astype(np.int32)
     count = min(_NEW_TOKENS, max_context - length)
     requests = [SegmentRequest(next_request_id(), -1000 - length, prompt, count, mix(length, "opening", i)) for i in range(2)]
-    results: dict[int, SegmentResult] = {}
-    backend.submit(requests)
-    try:
-        while len(results) < len(requests):
-            results.update((r.id, r) for r in backend.step())
-    finally:
-        backend.release([*(r.id for r in requests), -1000 - length])
+    results = sample(backend, requests)
+    backend.release([-1000 - length])
     gaps = [np.abs(r.logprobs.astype(np.float64) - own_logprobs(model, prompt, r.tokens, backend.tokenizer)) for r in results.values()]
     return np.concatenate(gaps)
 

@@ -100,7 +100,7 @@ def prove(
         for k in range(siblings)
     ]
     before = backend.stats().forwarded_tokens
-    results = _sample(backend, requests)
+    results = sample(backend, requests)
     forwarded = backend.stats().forwarded_tokens - before
     sampled = [(np.asarray(r.context, np.int64), results[r.id]) for r in requests]
     expected = _teacher_forced(model, sampled, backend.tokenizer)
@@ -129,7 +129,8 @@ def _lengthened(prompt: Sequence[int], longest: int) -> Int32:
     return np.resize(np.asarray(prompt, np.int32), length)
 
 
-def _sample(backend: Backend, requests: Sequence[SegmentRequest]) -> dict[int, SegmentResult]:
+def sample(backend: Backend, requests: Sequence[SegmentRequest]) -> dict[int, SegmentResult]:
+    """Results of all requests by id; their ids are released."""
     results: dict[int, SegmentResult] = {}
     backend.submit(requests)
     try:
