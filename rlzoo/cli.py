@@ -295,7 +295,7 @@ def _compare(argv: Sequence[str]) -> int:
         """Compare finished runs, grouped into arms by config; or --arms ALGO[@OPTION=VALUE...],FILE.toml,... (--algos: without
         overrides) with --seeds seeds each, ended where they cost the same by --match (--budget; default what the cheapest uses), run
         --jobs at a time below --out (default runs/compare), --common FILE.toml below every arm. --allow names fields of the protocol
-        that may differ, --reach a dev Pass@1 (share) whose cost is told."""
+        that may differ, --reach a dev Pass@1 (share) whose cost is reported."""
         from .evaluation.compare import compare_arms, compare_runs
 
         if sum(map(bool, (runs, arms, algos))) != 1:

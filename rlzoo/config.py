@@ -235,7 +235,7 @@ def chosen_names(layers: Sequence[tuple[str, Mapping[str, Any]]]) -> dict[str, s
     """Names of the algorithm and its exchangeable parts that the layers choose, later ones winning.
 
     Raises:
-        ValueError: something else stands where a name belongs.
+        ValueError: a value is not a name.
     """
     chosen: dict[str, str] = {}
     for origin, tables in layers:

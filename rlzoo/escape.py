@@ -10,7 +10,7 @@ _MARKUP = re.compile(r"\||<(?=[A-Za-z/!?])|\]\(")
 
 def visible(text: str) -> str:
     """Control characters, line breaks, terminal escapes, overrides of direction and other unseen characters as \\x1b, \\u202e, ...: on
-    a terminal they would move the cursor, hide or reorder what stands beside them."""
+    a terminal they would move the cursor, hide or reorder the text beside them."""
     return _UNSEEN.sub(lambda m: m[0].encode("unicode_escape").decode("ascii"), text)
 
 

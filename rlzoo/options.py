@@ -60,7 +60,7 @@ NotNegative = Annotated[float, Within(0)]
 
 
 class Options:
-    """Base of a frozen dataclass of options; `section` is where it stands in a config.
+    """Base of a frozen dataclass of options; `section` is its table in a config.
 
     Raises:
         ValueError: a value is not of its field's type, or outside its bounds.

@@ -15,14 +15,9 @@ from statistics import median
 
 import torch
 
-from rlzoo.backends.torch import TorchBackend
-from rlzoo.data.loading import load_problems
-from rlzoo.data.templates import render
-from rlzoo.sampling.grow import Prompt
 from rlzoo.sampling.nary import Nary
-from rlzoo.training.models import load_model
 
-from .geometry import Arm, measure
+from .geometry import Arm, measure, opened
 from .recording import provenance, record
 
 SHAPES = [(4, (20, 20, 152)), (8, (20, 20, 152)), (2, (12, 12, 12, 12, 12, 132))]  # (branching, tokens per level)
@@ -46,10 +41,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
     origin = provenance()  # now: the checkout may change while this runs
-    loaded = load_model(options.model, dtype="float32", device="cpu")
-    backend = TorchBackend(loaded.model, loaded.tokenizer, capacity=options.capacity)
-    problems = load_problems(options.problems, limit=options.count)
-    prompts = [Prompt(p.id, render("plain", p, loaded.tokenizer)) for p in problems]
+    backend, prompts = opened(options, "plain")
     settings = {k: v for k, v in vars(options).items() if k != "out"}
     for branching, tokens in SHAPES:
         forms = {on: Nary(branching=branching, segment_tokens=tokens, continuation=on) for on in (False, True)}

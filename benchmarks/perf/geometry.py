@@ -79,6 +79,14 @@ def full_length(sampler: Segments, tokenizer: Any) -> float:
     return arm.token_share
 
 
+def opened(options: argparse.Namespace, template: str) -> tuple[TorchBackend, list[Prompt]]:
+    """The torch engine and the rendered problems that the options name."""
+    loaded = load_model(options.model, dtype="float32", device="cpu")
+    problems = load_problems(options.problems, limit=options.count)
+    prompts = [Prompt(p.id, render(template, p, loaded.tokenizer)) for p in problems]
+    return TorchBackend(loaded.model, loaded.tokenizer, capacity=options.capacity), prompts
+
+
 def measure(backend: Backend, prompts: Sequence[Prompt], samplers: dict[str, Sampler], repeats: int) -> dict[str, Arm]:
     """Run the arms in turn, the same seeds for each; a short first round warms up and is not counted."""
     arms = {name: Arm(sampler) for name, sampler in samplers.items()}
@@ -127,11 +135,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
     origin = provenance()  # now: the checkout may change while this runs
-    loaded = load_model(options.model, dtype="float32", device="cpu")
-    tokenizer = loaded.tokenizer
-    backend = TorchBackend(loaded.model, tokenizer, capacity=options.capacity)
-    problems = load_problems(options.problems, limit=options.count)
-    prompts = [Prompt(p.id, render(options.template, p, tokenizer)) for p in problems]
+    backend, prompts = opened(options, options.template)
     settings = {k: v for k, v in vars(options).items() if k != "out"}
     for depth, branching in SHAPES:
         tokens = -(-options.limit // depth)
@@ -140,7 +144,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         samplers: dict[str, Sampler] = {"chains": chains, "none": replace(tree, fallback="none"), "random": tree}
         arms = measure(backend, prompts, samplers, options.repeats)
         shape = {"benchmark": "geometry", "depth": depth, "branching": branching, "segment_tokens": tokens}
-        shape["full_length_share_saved"] = round(full_length(tree, tokenizer), 4)
+        shape["full_length_share_saved"] = round(full_length(tree, backend.tokenizer), 4)
         for fallback in ("none", "random"):
             record(shape | {"fallback": fallback} | row_of(arms[fallback], arms["chains"]) | settings | origin, options.out)
 

@@ -176,7 +176,7 @@ class TorchBackend:
     def _shrink(self) -> None:
         """Halve the capacity and let everything that runs wait again. What a request samples depends on its context and seed alone, so
         the results are the same; the tokens that its row had so far are sampled again and counted once."""
-        log.warning("out of memory with %d paths at once; going on with %d", self.capacity, self.capacity // 2)
+        log.warning("out of memory with %d paths at once; continuing with %d", self.capacity, self.capacity // 2)
         self.capacity //= 2
         for row in reversed(self._running.values()):
             request = self._state.request[row]

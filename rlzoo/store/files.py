@@ -91,7 +91,7 @@ def read_json(path: Path) -> Any:
 
 
 def parse_json(text: str, where: str) -> Any:
-    """The value of a JSON text that stands at `where`.
+    """The value of a JSON text; `where` names its place in messages.
 
     Raises:
         ValueError: it is not JSON, or holds NaN or an infinity.
@@ -107,7 +107,7 @@ def parse_json(text: str, where: str) -> Any:
 
 
 def lines_of(text: str) -> list[str]:
-    """The lines of a text, which end with "\\n" or "\\r\\n" and nothing else: U+2028 or U+0085 may stand within one."""
+    """The lines of a text, which end with "\\n" or "\\r\\n" and nothing else: U+2028 or U+0085 may occur within one."""
     return [line.removesuffix("\r") for line in text.split("\n")]
 
 

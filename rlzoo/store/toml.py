@@ -23,7 +23,7 @@ def dump_toml(tables: Mapping[str, Any]) -> str:
 
 
 def parse_toml(text: str, where: str) -> dict[str, Any]:
-    """The tables of a TOML text that stands at `where`.
+    """The tables of a TOML text; `where` names its place in messages.
 
     Raises:
         ValueError: it is not TOML, or nested too deep, or holds a number of thousands of digits.

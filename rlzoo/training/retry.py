@@ -34,6 +34,6 @@ class TokenBudget:
             except (RuntimeError, MemoryError) as error:
                 if not out_of_memory(error) or self.tokens // 2 < MIN_TOKEN_BUDGET:
                     raise
-            self._message(f"out of memory at a token budget of {self.tokens}; going on with {self.tokens // 2}")
+            self._message(f"out of memory at a token budget of {self.tokens}; continuing with {self.tokens // 2}")
             self.tokens //= 2
             free()  # outside the handler: the traceback held the pack's tensors

@@ -135,7 +135,7 @@ def test_out_of_memory_halves_the_capacity_and_changes_no_result(
     for ours, theirs in zip(trees, expected, strict=True):
         np.testing.assert_allclose(ours.logprobs, theirs.logprobs, rtol=0, atol=1e-9)
     halvings = [r.getMessage() for r in caplog.records]
-    assert halvings == [f"out of memory with {64 >> i} paths at once; going on with {32 >> i}" for i in range(len(halvings))]
+    assert halvings == [f"out of memory with {64 >> i} paths at once; continuing with {32 >> i}" for i in range(len(halvings))]
     assert backend.capacity == 64 >> len(halvings)
     assert halvings or place not in ("decoding", "contexts", "loading") or (place, most) == ("contexts", 9)  # of six prompts
     assert backend.stats().sampled_tokens == sum(t.sampled_tokens for t in trees)

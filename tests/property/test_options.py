@@ -1,4 +1,4 @@
-"""Whatever stands where an option belongs, from a file or from Python, is either taken as it is or refused in one sentence."""
+"""Any value given for an option, from a file or from Python, is either kept unchanged or refused in one sentence."""
 
 import dataclasses
 import math

@@ -87,7 +87,7 @@ def test_small_models_take_the_default_and_a_kept_config_gives_its_rate(large: s
     small, _, _ = parse_run(["--algo", "grpo", "--model", folder_of(tmp_path / "small", 64)])
     refuse_embedded_rate(small)
     refuse_embedded_rate(parse_run(["--algo", "grpo"])[0])
-    kept = tmp_path / "config.toml"  # what a run leaves and goes on from
+    kept = tmp_path / "config.toml"  # what a run leaves and resumes from
     kept.write_text(dump_toml(parse_run(["--algo", "grpo", "--model", large, "--optim.lr", "3e-6"])[0].to_dict()))
     again, _, _ = parse_run(["--config", str(kept)])
     assert "optim.lr" in again.given and "given" not in again.to_dict()

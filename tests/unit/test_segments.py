@@ -123,7 +123,7 @@ def test_a_budget_of_tokens_limits_the_paths(tiny_tokenizer: Any) -> None:
 
 @pytest.mark.parametrize("length", [1, 3, 5, 11])
 def test_a_budget_of_tokens_takes_another_path_for_as_long_as_the_finished_ones(tiny_tokenizer: Any, length: int) -> None:
-    """Fallback goes on while a whole path more fits, not while a segment does."""
+    """Fallback continues while a whole path more fits, not while a segment does."""
     eos, long = tiny_tokenizer.eos_token_id, 250
 
     def script(context: Any, seed: int) -> list[int]:

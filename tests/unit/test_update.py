@@ -160,7 +160,7 @@ def test_out_of_memory_halves_the_budget_and_changes_nothing_else(error, monkeyp
 
     monkeypatch.setattr(update_module, "pack_logprobs", limited)
     found, metrics = run(trees, credits, token_budget=2048, message=said.append)
-    assert said == [f"out of memory at a token budget of {n}; going on with {n // 2}" for n in (2048, 1024)]
+    assert said == [f"out of memory at a token budget of {n}; continuing with {n // 2}" for n in (2048, 1024)]
     assert metrics["token_budget"] == 512 and metrics["packs"] > 1
     assert torch.allclose(found, expected, rtol=0, atol=1e-9)
     said.clear()

@@ -70,7 +70,7 @@ def test_the_budget_that_scoring_was_left_with_is_kept(monkeypatch: pytest.Monke
     with failing_above(monkeypatch, 600, error):
         found, metrics, _ = trained(trees, credits, token_budget=budget, **scored)
         score(tiny_model(), trees, token_budget=budget)
-    assert said == [f"out of memory at a token budget of {n}; going on with {n // 2}" for n in (2048, 1024)]
+    assert said == [f"out of memory at a token budget of {n}; continuing with {n // 2}" for n in (2048, 1024)]
     assert budget.tokens == metrics["token_budget"] == 512
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-9)
 
