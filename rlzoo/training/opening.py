@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from ..backends.drawing import forbidden_ids, log_probs
+from ..backends.memory import out_of_memory
 from ..backends.protocol import Backend, SamplingParams, SegmentRequest
 from ..sampling.grow import next_request_id
 from ..sampling.seeds import mix
@@ -44,6 +45,7 @@ def prove_opening(backend: Backend, model: Any, dtype: str) -> Opening:
 
     Raises:
         ValueError: they differ, or the engine cannot compute the model at all; says how, and what to do.
+        torch.OutOfMemoryError or RuntimeError: the probes do not fit the device.
     """
     points = switch_points(model.config, backend.max_context)
     far = [length for length in points if length + _NEW_TOKENS > MOST_TOKENS]
@@ -64,6 +66,8 @@ def prove_opening(backend: Backend, model: Any, dtype: str) -> Opening:
         except NotImplementedError as error:
             raise ValueError(f"this engine cannot compute the model: {error}") from error
         except (TypeError, KeyError, AttributeError, IndexError, RuntimeError, ValueError) as error:
+            if out_of_memory(error):
+                raise
             raise ValueError(
                 f"this engine cannot compute the model: its code fails with the engine's cache or masks ({type(error).__name__}: "
                 f"{_first_line(error)})"
@@ -75,7 +79,7 @@ def prove_opening(backend: Backend, model: Any, dtype: str) -> Opening:
             hint = f"; choose --backend.max-context of at most {min(near)}" if near else ""
             raise ValueError(
                 f"this engine does not compute the model as the model's own code does: after {length} tokens log-probs differ by "
-                f"{mean:.2g} in the mean and by up to {largest:.2g}, which may be {allowed:g} in the mean{hint}"
+                f"{mean:.2g} in the mean (at most {allowed:g} is allowed) and by up to {largest:.2g}{hint}"
             )
     return found
 

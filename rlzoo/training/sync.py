@@ -113,7 +113,7 @@ def prove(
         suspect = recomputed if kept and not stale else _suspect(stale)
         raise RuntimeError(
             f"the engine does not sample with the trainer's weights: log-probs of {proof.tokens} probe tokens differ by up to "
-            f"{proof.largest:.3g} and by {proof.mean:.3g} in the mean, which may be {tolerance:g}; {suspect}"
+            f"{proof.largest:.3g} and by {proof.mean:.3g} in the mean (at most {tolerance:g} is allowed); {suspect}"
         )
     return proof
 

@@ -61,6 +61,18 @@ def test_models_that_are_computed_wrongly_are_refused(name: str, said: str, toke
     assert "\n" not in str(caught.value)
 
 
+def test_a_device_that_is_too_small_is_not_called_a_wrong_model(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = made("llama", tokenizer)
+    backend = TorchBackend(model, tokenizer, capacity=4)
+
+    def full(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(model, "forward", full)
+    with pytest.raises(torch.OutOfMemoryError, match=r"^CUDA out of memory$"):
+        prove_opening(backend, model, "float32")
+
+
 @pytest.mark.parametrize("name", ["phi3 (longrope)", "gpt_neo"])
 def test_what_the_refusal_proposes_works(name: str, tokenizer: Any) -> None:
     model = made(name, tokenizer)
